@@ -1,0 +1,134 @@
+"""Build the whole book: one build at a time, pages side by side, with progress and the time left."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from nsm_support.book import BookError, claims, execute, stage
+from nsm_support.book.fingerprint import differences, record
+from nsm_support.book.pages import BUILD, page, pages, parameters
+from nsm_support.results import ROOT
+
+SITE_SECONDS = 20.0  # what rendering is expected to take before it was ever measured
+
+
+@contextlib.contextmanager
+def only_build(console: Console):
+    """Hold the checkout's one build lock; a second build waits, naming the first. The kernel frees it on any death."""
+    BUILD.mkdir(exist_ok=True)
+    note = BUILD / "build.lock.txt"
+    lock = filelock.FileLock(BUILD / "build.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = note.read_text().strip() if note.exists() else "another process"
+        console.print(f"{holder} is building in this checkout; waiting for it to end", highlight=False)
+        lock.acquire()
+    try:
+        note.write_text(f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})\n")
+        yield
+    finally:
+        lock.release()
+
+
+def note_state(profile: str, what: str, state: str, message: str = "") -> None:
+    """Tell the build that watches how far one page (or the site) is."""
+    path = BUILD / "status" / profile / f"{what.replace('/', '-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps({"what": what, "state": state, "message": message, "at": time.time()}))
+    os.replace(new, path)
+
+
+def read_states(profile: str) -> dict[str, dict]:
+    found = {}
+    for path in sorted((BUILD / "status" / profile).glob("*.json")):
+        entry = json.loads(path.read_text())
+        found[entry["what"]] = entry
+    return found
+
+
+def watch(process: subprocess.Popen, profile: str, expected: dict[str, float], cores: int, console: Console) -> None:
+    """Show what runs, what is done and how long is left, until the process ends."""
+    total, told = sum(expected.values()) or 1.0, set()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("book", total=total, left="")
+        while True:
+            ended, states = process.poll() is not None, read_states(profile)
+            done = sum(expected.get(what, 0) for what, entry in states.items() if entry["state"] != "running")
+            running = {w: time.time() - e["at"] for w, e in states.items() if e["state"] == "running"}
+            spent = done + sum(min(expected.get(what, 0), seconds) for what, seconds in running.items())
+            pages_left = total - spent - (expected["site"] if "site" in expected and "site" not in states else 0)
+            left = max(pages_left, 0) / cores + (expected.get("site", 0) if "site" not in states else 0)
+            for what, entry in states.items():
+                if entry["state"] != "running" and what not in told:
+                    told.add(what)
+                    count = f"[{len(told & expected.keys())}/{len(expected)}] " if what in expected else ""
+                    text = entry["message"] if entry["state"] == "done" else f"{what}: FAILED"
+                    rest = f"   (about {left:.0f} s left)" if what in expected and left > 0 else ""
+                    console.print(f"{count}{text}{rest}", highlight=False, markup=False)
+            names = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in running.items())
+            progress.update(bar, completed=spent, description=names or "starting", left=f"about {left:.0f} s left")
+            if ended:
+                return
+            time.sleep(0.1)
+
+
+def build(profile: str, cores: int, console: Console) -> Path:
+    """Run what is not up to date, publish if everything may be published, and return the site's folder.
+
+    Raises:
+        BookError: with each page that failed, its cell and its traceback. The site stays as it was.
+    """
+    # Whatever can be refused is refused now, before anything runs.
+    claims.check()
+    for entry in pages().values():
+        parameters(entry)
+    with only_build(console):
+        execute.clean_partial(BUILD / "runs")
+        shutil.rmtree(BUILD / "status" / profile, ignore_errors=True)
+        todo = [entry for entry in pages().values() if differences(entry, profile)]
+        seconds = BUILD / "seconds" / f"{profile}.json"
+        known = json.loads(seconds.read_text()) if seconds.exists() else {}
+        expected = {entry.name: known.get(entry.name, entry.budget[profile]) for entry in todo}
+        if todo:
+            expected["site"] = known.get("site", SITE_SECONDS)
+            console.print(f"{len(todo)} of {len(pages())} pages to run, {cores} side by side", highlight=False)
+        log = BUILD / "log" / f"{profile}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        # The lock above stands for Snakemake's own, which a killed build would leave behind.
+        command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--keep-going", "--nolock",
+                   "--rerun-incomplete", "--rerun-triggers", "mtime", "--config", f"profile={profile}"]
+        with log.open("w") as out:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+            try:
+                watch(process, profile, expected, cores, console)
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+        states = read_states(profile)
+        for entry in pages().values():
+            known[entry.name] = record(entry.run(profile)).get("seconds", known.get(entry.name, entry.budget[profile]))
+        seconds.parent.mkdir(parents=True, exist_ok=True)
+        seconds.write_text(json.dumps(known))
+        failed = [entry["message"] for entry in states.values() if entry["state"] == "failed"]
+        if process.returncode:
+            shown = "\n\n".join(failed) or log.read_text()[-4000:]
+            raise BookError(f"{shown}\n\nThe site was left as it was. Snakemake's own log: {log}")
+        return stage.switch(profile)
+
+
+def why(name: str, profile: str) -> list[str]:
+    """Why a page would run again, a line a reason; empty if it would not."""
+    return differences(page(name), profile)

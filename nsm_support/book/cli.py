@@ -1,0 +1,152 @@
+"""`nsm-book`: build the book, run one page with other parameters, ask what a page accepts and why it would rerun."""
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from nsm_support.book import BookError
+
+PROFILE = click.option("--profile", default="quick", show_default=True, metavar="quick|full",
+                       help="quick: a run of seconds; full: the published numbers.")
+
+
+class Commands(click.Group):
+    """A group whose commands tell a person's mistake in one message, without a traceback."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except BookError as error:
+            click.echo(f"nsm-book: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main():
+    """The book of neural state machines: build it, rerun its pages, ask about them."""
+
+
+@main.command()
+@PROFILE
+@click.option("--cores", type=click.IntRange(1), default=os.cpu_count(), show_default="all", help="Pages side by side.")
+def build(profile, cores):
+    """Run what changed and publish the site to _build/html."""
+    from rich.console import Console
+
+    from nsm_support.book.build import build
+    from nsm_support.book.pages import profile_parameters
+
+    from nsm_support.book.pages import pages
+    for entry in pages().values():
+        profile_parameters(entry, profile)
+    site = build(profile, cores, Console(soft_wrap=True))
+    click.echo(f"The book ({profile} profile) is ready. Open {site / 'index.html'}")
+
+
+@main.command()
+@click.argument("page")
+@click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter; may be given again.")
+@click.option("-o", "folder", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR",
+              help="Where the run's own folder is made.")
+@click.option("--profile", default="full", show_default=True, metavar="quick|full",
+              help="The values of all other parameters.")
+def run(page, given, folder, profile):
+    """Run one page with other parameters."""
+    from nsm_support.book import pages
+    from nsm_support.book.execute import rerun
+
+    place = rerun(pages.page(page), dict(given), profile, folder)
+    click.echo(f"{place / 'run.ipynb'}\n{place / 'results.json'}")
+
+
+@main.command()
+@click.argument("page", required=False)
+def params(page):
+    """List the parameters of a page, or of every page: type, default, meaning."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from nsm_support.book import pages
+
+    for entry in [pages.page(page)] if page else pages.pages().values():
+        table = Table("name", "type", "default", "meaning", title=entry.name, title_justify="left", box=None)
+        for p in pages.parameters(entry).values():
+            table.add_row(p.name, p.type.replace("[", "\\["), repr(p.default).replace("[", "\\["), p.meaning)
+        Console().print(table, "")
+
+
+@main.command()
+@click.argument("page")
+@PROFILE
+def why(page, profile):
+    """Say why a page would run again."""
+    from nsm_support.book import fingerprint, pages
+
+    entry = pages.page(page)
+    reasons = fingerprint.differences(entry, profile)
+    click.echo("\n".join(f"{entry.name} would run again: {reason}" for reason in reasons)
+               or f"{entry.name} is up to date in the {profile} profile")
+
+
+def step(function):
+    """One of Snakemake's steps: tell the watching build how it went."""
+    @functools.wraps(function)
+    def told(profile, page=None):
+        from nsm_support.book.build import note_state
+
+        what = page or function.__name__
+        note_state(profile, what, "running")
+        try:
+            message = function(profile, page) if page else function(profile)
+        except BaseException as error:
+            note_state(profile, what, "failed", str(error) if isinstance(error, BookError) else f"{what}: {error!r}")
+            raise
+        note_state(profile, what, "done", message)
+        click.echo(message)
+
+    return told
+
+
+@main.command(hidden=True)
+@click.argument("page")
+@PROFILE
+@step
+def execute(profile, page):
+    """Bring one page of a profile up to date (a step of the build)."""
+    from nsm_support.book import pages
+    from nsm_support.book.execute import execute
+
+    return execute(pages.page(page), profile)
+
+
+@main.command(hidden=True)
+@PROFILE
+@step
+def collect(profile):
+    """Read all runs of a profile back into one table (a step of the build)."""
+    from nsm_support.book import collect, pages, stage
+
+    records = collect.write([entry.run(profile) for entry in pages.pages().values()], stage.results(profile, "json"))
+    collect.write_table(records, stage.results(profile, "parquet"))
+    return f"results: {sum(len(run['values']) for run in records)} values of {len(records)} pages"
+
+
+@main.command(hidden=True)
+@PROFILE
+@step
+def site(profile):
+    """Render the site (a step of the build)."""
+    import time
+
+    from nsm_support.book import stage
+
+    began = time.perf_counter()
+    stage.publish(profile)
+    return f"site: {time.perf_counter() - began:.1f} s"
+
+
+if __name__ == "__main__":
+    main()

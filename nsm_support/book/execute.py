@@ -1,0 +1,184 @@
+"""Run one page through papermill: checked before, recorded after, written whole or not at all."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from nsm_support.book import BookError, gate
+from nsm_support.book.fingerprint import differences, fingerprint, product
+from nsm_support.book.pages import BUILD, Page, check, parameters, profile_parameters, read
+from nsm_support.results import ROOT
+
+VERSIONS = ("torch", "numpy", "scipy", "matplotlib", "plotly", "papermill", "jupyter-book")
+
+
+def environment(needs: Path, makes: Path) -> dict[str, str]:
+    """What a kernel finds in its environment: one thread, its stores, and nobody's own IPython start-up files."""
+    one = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return {**one, "NSM_BOOK_RUN": "1", "NSM_BOOK_NEEDS": str(needs), "NSM_BOOK_MAKES": str(makes),
+            "IPYTHONDIR": str(BUILD / "ipython"), "PYTHONHASHSEED": "0", "MPLBACKEND": "agg",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
+def commit() -> str:
+    """The checkout's commit, with `+` behind it where the work tree differs; `unknown` outside git."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def peak_memory() -> float:
+    """The largest resident size in MB of any process that this one has waited for."""
+    size = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return size / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def reproduce_line(page: Page, profile: str, given: dict[str, Any]) -> str:
+    """The one line that repeats a run: the profile, and whatever was given beyond it."""
+    import shlex
+
+    beyond = {k: v for k, v in given.items() if profile_parameters(page, profile).get(k, ...) != v}
+    words = ["nsm-book", "run", page.name, "--profile", profile]
+    for name, value in beyond.items():
+        words += ["-p", name, value if isinstance(value, str) else repr(value)]
+    return shlex.join([*words, "-o", "runs"])
+
+
+def run_box(run: dict[str, Any]) -> str:
+    """The folded "This run" box that ends every page."""
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    shown = ", ".join(f"{name} = {value!r}" for name, value in run["all_parameters"].items())
+    rows = {
+        "Profile": run["profile"], "Parameters": f"`{shown}`", "Seed": run["seed"], "Device": run["device"],
+        "Wall time": f"{run['seconds']:.1f} s", "Peak memory": f"{run['peak_memory_mb']:.0f} MB",
+        "Commit": f"`{run['commit']}`", "Versions": versions, "Date": run["date"],
+        "Again": f"`{run['reproduce']}`",
+    }
+    table = "\n".join(f"| {name} | {str(text).replace('|', chr(92) + '|')} |" for name, text in rows.items())
+    return ('<details class="this-run"><summary>This run</summary>\n\n| | |\n|---|---|\n' + table + "\n\n</details>")
+
+
+def run_page(page: Page, profile: str, given: dict[str, Any], target: Path, *, needs: Path, makes: Path) -> None:
+    """Run one page with these parameters and put the executed notebook at `target`.
+
+    Args:
+        given: what differs from the page's own defaults, already checked.
+        needs, makes: the stores of products, to read from and to write to.
+
+    Raises:
+        BookError: if the run does not pass the gate. What it left lies beside the target as `NAME.failed.ipynb`;
+            the target is as it was.
+    """
+    os.environ.update(environment(needs, makes))
+    import jupytext
+    import nbformat
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    for name in page.needs:
+        if not (needs / name).exists():
+            raise BookError(f"{page.name}: needs {name}, which is not in {needs}: run the page that makes it first")
+    printed = fingerprint(page, profile, given)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failed = target.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder:
+        source, output = Path(folder, "source.ipynb"), Path(folder, "run.ipynb")
+        notebook = read(page)
+        notebook.metadata.pop("jupytext", None)
+        jupytext.write(notebook, source)
+        # An error stays in the notebook, where the gate finds it; a dead kernel leaves none.
+        died = []
+        try:
+            papermill.execute_notebook(source, output, parameters=given, kernel_name="python3", progress_bar=False,
+                                       cwd=ROOT, shutdown_kernel="immediate")
+        except papermill.PapermillExecutionError:
+            pass
+        except DeadKernelError:
+            died = [f"{page.name}: its kernel died (killed, or out of memory)"]
+        notebook = nbformat.read(output, as_version=4)
+        everything = {name: p.default for name, p in parameters(page).items()} | given
+        notebook.metadata["nsm_book"] = run = {
+            "page": page.name, "profile": profile, "parameters": given, "all_parameters": everything,
+            "seed": everything.get("seed", "none"), "device": everything.get("device", "cpu"),
+            "fingerprint": printed, "seconds": time.perf_counter() - began, "peak_memory_mb": peak_memory(),
+            "commit": commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            "reproduce": reproduce_line(page, profile, given),
+        }
+        notebook.cells.append(nbformat.v4.new_markdown_cell(run_box(run), id="this-run"))
+        gate.mark_for_comparison(notebook)
+        problems = died + gate.problems(notebook, page)
+        if not problems:
+            problems = [f"{page.name}: did not make {name}" for name in page.makes if not (makes / name).exists()]
+        nbformat.write(notebook, output)
+        os.replace(output, failed if problems else target)
+    if problems:
+        raise BookError("\n\n".join([*problems, f"what the run left: {failed}"]))
+
+
+def execute(page: Page, profile: str) -> str:
+    """Bring one page of a profile up to date; return one line saying what was done."""
+    if not differences(page, profile):
+        page.run(profile).touch()
+        return f"{page.name}: unchanged"
+    store = product("", profile)
+    run_page(page, profile, profile_parameters(page, profile), page.run(profile), needs=store, makes=store)
+    run = page.run(profile)
+    seconds = gate.record_of(run)["seconds"]
+    over = seconds > page.budget[profile]
+    return f"{page.name}: {seconds:.1f} s" + (f", over its budget of {page.budget[profile]:g} s" if over else "")
+
+
+def slug(given: dict[str, Any]) -> str:
+    """A folder name for these parameters: readable, safe on any file system, and never the same for two sets."""
+    import hashlib
+    import json
+    import re
+
+    text = ",".join(f"{name}={value}" for name, value in given.items()) or "defaults"
+    safe = re.sub(r"[^\w=,.\-]", "_", text)
+    if safe == text and len(text) <= 80:
+        return text
+    return f"{safe[:60]}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def rerun(page: Page, given: dict[str, Any], profile: str, folder: Path) -> Path:
+    """Run a page with other parameters into a folder named after page and parameters; return that folder.
+
+    The folder holds the executed notebook `run.ipynb`, its record `results.json` and the products it made.
+    A folder whose run is today's is left as it is.
+    """
+    from nsm_support.book import collect
+
+    checked = check(page, given)
+    merged = profile_parameters(page, profile) | checked
+    place = folder / page.name.replace("/", "-") / (slug(checked) if profile == "full" else f"{profile},{slug(checked)}")
+    target = place / "run.ipynb"
+    if gate.record_of(target).get("fingerprint") != fingerprint(page, profile, merged):
+        run_page(page, profile, merged, target, needs=product("", profile), makes=place)
+    collect.write([target], place / "results.json")
+    return place
+
+
+def clean_partial(folder: Path) -> None:
+    """Remove what killed runs left behind in a store of runs. Only for whoever holds the build's lock."""
+    for left in folder.rglob(".*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,122 @@
+"""What a run depends on, as hashes: equal fingerprints mean that a page need not run again."""
+
+import ast
+import hashlib
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nsm_support.book.pages import BOOK, BUILD, Page, pages, profile_parameters, read
+from nsm_support.results import ROOT
+
+PINS = ("requirements.txt", "constraints.txt")
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, its first 16 hex digits; `missing` if there is none."""
+    if not path.exists():
+        return "missing"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@cache
+def import_graph():
+    import grimp
+
+    return grimp.build_graph("nsm_support", cache_dir=str(BUILD / "grimp"))
+
+
+def imported_modules(code: str) -> list[str]:
+    """The modules of `nsm_support` that running this code imports, directly or through others, sorted.
+
+    Importing a module runs the `__init__` of every package around it, so these count too.
+    """
+    graph = import_graph()
+    named = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            named |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    waiting, found = {name for name in named if name in graph.modules}, set()
+    while waiting:
+        module = waiting.pop()
+        found.add(module)
+        around = {module.rsplit(".", 1)[0]} if "." in module else set()
+        waiting |= (graph.find_modules_directly_imported_by(module) | around) - found
+    return sorted(found)
+
+
+def module_file(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def page_code(page: Page) -> str:
+    """All code of a page, with the lines that only IPython understands taken out."""
+    cells = [cell.source for cell in read(page).cells if cell.cell_type == "code"]
+    return "\n".join(line for cell in cells for line in cell.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
+def fingerprint(page: Page, profile: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Everything a run of this page depends on, part by part.
+
+    Args:
+        parameters: what the run is given; by default what the profile gives.
+    """
+    given = profile_parameters(page, profile) if parameters is None else parameters
+    claims = [entry for entry in yaml.safe_load((BOOK / "claims.yml").read_text()) if entry["page"] == page.name]
+    return {
+        "source": digest(page.source),
+        "parameters": json.loads(json.dumps(given)),
+        "modules": {module: digest(module_file(module)) for module in imported_modules(page_code(page))},
+        "products": {name: digest(product(name, profile)) for name in page.needs},
+        "claims": hashlib.sha256(json.dumps(claims, sort_keys=True).encode()).hexdigest()[:16],
+        "pins": {name: digest(ROOT / name) for name in PINS},
+        "python": ".".join(map(str, sys.version_info[:2])),
+    }
+
+
+def product(name: str, profile: str) -> Path:
+    """Where a product of this profile lies."""
+    return BUILD / "products" / profile / name
+
+
+def record(path: Path) -> dict[str, Any]:
+    """What a run recorded of itself; empty if there is no run, or it is not whole."""
+    try:
+        return json.loads(path.read_text())["metadata"]["nsm_book"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def differences(page: Page, profile: str) -> list[str]:
+    """Why a page has to run: one line for each part of its fingerprint that is not what the last run had."""
+    old, new = record(page.run(profile)).get("fingerprint"), fingerprint(page, profile)
+    if old is None:
+        return ["it has not run in this profile"]
+    lines = [f"its product {name} is missing" for name in page.makes if not product(name, profile).exists()]
+    names = {"source": f"its source book/{page.name}.md", "claims": "its entries in book/claims.yml",
+             "python": "the Python version"}
+    lines += [f"{text} changed" for part, text in names.items() if old.get(part) != new[part]]
+    kinds = {"parameters": "parameter {}: {} → {}", "modules": "module {} changed", "pins": "pins: {} changed",
+             "products": "product {} of another page changed"}
+    for part, text in kinds.items():
+        before, after = old.get(part, {}), new[part]
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                lines.append(text.format(name, before.get(name, "default"), after.get(name, "default")))
+    return lines
+
+
+def set_aside_stale(profile: str) -> list[str]:
+    """Take the runs whose fingerprint is not today's out of the way, so that they are run again; name their pages."""
+    stale = [page for page in pages().values() if differences(page, profile)]
+    for page in stale:
+        page.run(profile).unlink(missing_ok=True)
+    return [page.name for page in stale]

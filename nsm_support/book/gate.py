@@ -1,0 +1,61 @@
+"""What may be published: a run without an error, a warning, a blank figure or a blank number."""
+
+import re
+
+import nbformat
+
+from nsm_support.book.fingerprint import record as record_of
+from nsm_support.book.pages import Page
+
+GLUE_ROLE = re.compile(r"\{glue:\w*\}`([^`:]+)(?::[^`]*)?`")
+PLOTLY = "application/vnd.plotly.v1+json"
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+__all__ = ["glued", "mark_for_comparison", "problems", "record_of"]
+
+
+def glued(notebook: nbformat.NotebookNode) -> dict[str, dict]:
+    """The values that a run handed over: name → {value, measured}."""
+    scraps = [output.metadata.scrapbook for cell in notebook.cells for output in cell.get("outputs", ())
+              if "scrapbook" in output.get("metadata", {})]
+    return {scrap["name"]: {"value": scrap.get("value"), "measured": scrap.get("measured", False)} for scrap in scraps}
+
+
+def mark_for_comparison(notebook: nbformat.NotebookNode) -> None:
+    """Tag the cells whose numbers have to come again, so that nbval compares them: all that glue, but the clock's."""
+    for cell in notebook.cells:
+        scraps = [output.metadata.scrapbook for output in cell.get("outputs", ())
+                  if "scrapbook" in output.get("metadata", {})]
+        if scraps and not any(scrap.get("measured") for scrap in scraps):
+            cell.metadata.tags = [*cell.metadata.get("tags", []), "nbval-check-output"]
+
+
+def output_problem(output: nbformat.NotebookNode) -> str | None:
+    """What keeps one output from being published, or None."""
+    if output.output_type == "error":
+        return f"{output.ename}: {output.evalue}\n" + ANSI.sub("", "\n".join(output.traceback))
+    if output.output_type == "stream" and output.name == "stderr":
+        return "wrote to stderr:\n" + output.text.rstrip()
+    data = output.get("data", {})
+    if PLOTLY in data and "text/html" not in data:
+        return "a plotly figure without HTML: show it with nsm_support.figures.show"
+    if any(kind.startswith("image/") for kind in data) and "text/html" not in data:
+        return "an image without alt text: show it with nsm_support.figures.show"
+    return None
+
+
+def problems(notebook: nbformat.NotebookNode, page: Page) -> list[str]:
+    """Everything that keeps an executed page from being published, each with its page and cell."""
+    inserted = {"injected-parameters", "papermill-error-cell-tag"}
+    cells = [cell for cell in notebook.cells if not inserted & set(cell.metadata.get("tags", ()))]
+    keys = glued(notebook)
+    where = {id(cell): f"{page.name}, cell {number} ({next(iter(cell.source.strip().splitlines()), '')[:60]})"
+             for number, cell in enumerate(cells, start=1)}
+    found = [f"{where[id(cell)]}: {problem}" for cell in cells for output in cell.get("outputs", ())
+             if (problem := output_problem(output))]
+    if not found:
+        found = [f"{where[id(cell)]}: no cell glues {key!r}" for cell in cells if cell.cell_type == "markdown"
+                 for key in GLUE_ROLE.findall(cell.source) if key not in keys]
+    if notebook.metadata.get("papermill", {}).get("exception") and not found:
+        found.append(f"{page.name}: papermill reports an exception that no cell shows")
+    return found
+

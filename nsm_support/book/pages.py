@@ -1,0 +1,187 @@
+"""What the book holds: its pages, their parameters, what they need and make, and what they may cost."""
+
+import ast
+import difflib
+import io
+import tokenize
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from nsm_support.book import BookError
+from nsm_support.results import ROOT
+
+BOOK = ROOT / "book"
+BUILD = ROOT / "_build"
+PROFILES = ("quick", "full")
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "Literal": Literal}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Page:
+    """One executable page, as `book/pages.yml` describes it.
+
+    `budget` is in seconds, `memory` in MB; `needs` and `makes` name files in the store of products.
+    """
+
+    name: str
+    budget: dict[str, float]
+    memory: int
+    needs: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> Path:
+        return BOOK / f"{self.name}.md"
+
+    def run(self, profile: str) -> Path:
+        """Where the executed notebook lies."""
+        return BUILD / "runs" / profile / f"{self.name}.ipynb"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One line of a page's `parameters` cell: `name: type = default  # meaning`."""
+
+    name: str
+    type: str
+    default: Any
+    meaning: str
+
+    def accept(self, value: Any, page: str) -> Any:
+        """The value as the page's own type. Text (from a command line or a table) is read as that type first.
+
+        Raises:
+            BookError: naming the page, the parameter, its type and the value.
+        """
+        if isinstance(value, str) and self.type != "str" and not self.type.startswith("Literal["):
+            try:
+                value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pass  # stays text, which no other type accepts
+        kind = eval(self.type, {"__builtins__": {}}, TYPES)  # only the names in TYPES, checked when the page was read
+        adapter = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+        try:
+            accepted = adapter.validate_python(value)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"]
+            raise BookError(f"{page}: parameter {self.name} is {self.type} (default {self.default!r}), "
+                            f"got {value!r}: {why}") from None
+        return accepted
+
+
+@cache
+def pages() -> dict[str, Page]:
+    """All executable pages by name, in the order of `book/pages.yml`.
+
+    Raises:
+        BookError: if a page has no source, two pages make one product, or a product that is needed is made by none.
+    """
+    found = {}
+    for name, entry in yaml.safe_load((BOOK / "pages.yml").read_text()).items():
+        try:
+            found[name] = Page(name=name, budget=entry["budget"], memory=entry["memory"],
+                               needs=tuple(entry.get("needs", ())), makes=tuple(entry.get("makes", ())))
+        except (KeyError, TypeError) as error:
+            raise BookError(f"book/pages.yml: {name}: needs `budget: {{quick: seconds, full: seconds}}` and "
+                            f"`memory: MB`; {error!r}") from None
+        if not found[name].source.exists():
+            raise BookError(f"book/pages.yml: {name}: there is no book/{name}.md")
+    makers: dict[str, str] = {}
+    for page in found.values():
+        for product in page.makes:
+            if product in makers:
+                raise BookError(f"book/pages.yml: {product} is made by {makers[product]} and by {page.name}")
+            makers[product] = page.name
+    for page in found.values():
+        for product in page.needs:
+            if product not in makers:
+                raise BookError(f"book/pages.yml: {page.name} needs {product}, which no page makes")
+    return found
+
+
+def page(name: str) -> Page:
+    """The page of that name.
+
+    Raises:
+        BookError: naming the nearest page and all of them.
+    """
+    name = name.removeprefix("book/").removesuffix(".md")
+    if name not in pages():
+        raise BookError(unknown("page", name, pages()))
+    return pages()[name]
+
+
+def unknown(what: str, given: str, accepted) -> str:
+    """The sentence for a name that is not known: what was given, the nearest accepted name, and all of them."""
+    near = difflib.get_close_matches(given, list(accepted), n=1)
+    hint = f"; nearest: {near[0]}" if near else ""
+    return f"unknown {what} {given!r}{hint}; accepted: {', '.join(accepted) or 'none'}"
+
+
+def read(page: Page):
+    """The page's notebook, as jupytext reads it from the Markdown source."""
+    import jupytext
+
+    return jupytext.read(page.source)
+
+
+def parameters(page: Page) -> dict[str, Parameter]:
+    """The parameters of a page, read from its one cell tagged `parameters`, in order.
+
+    Raises:
+        BookError: if there is not exactly one such cell, or a line in it is not `name: type = default  # meaning`.
+    """
+    cells = [c for c in read(page).cells if c.cell_type == "code" and "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise BookError(f"book/{page.name}.md: needs exactly one cell tagged `parameters`, has {len(cells)}")
+    source = cells[0].source
+    comments = {token.start[0]: token.string.lstrip("# ") for token in
+                tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    found = {}
+    for node in ast.parse(source).body:
+        where = f"book/{page.name}.md: parameters cell, line {node.lineno}"
+        meaning = comments.get(node.end_lineno, "")
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value and meaning):
+            raise BookError(f"{where}: accepts `name: type = default  # meaning` only")
+        kind = ast.unparse(node.annotation)
+        names = {n.id for n in ast.walk(node.annotation) if isinstance(n, ast.Name)}
+        if not names <= TYPES.keys():
+            raise BookError(f"{where}: type {kind}: accepts {', '.join(TYPES)} and lists of them")
+        parameter = Parameter(node.target.id, kind, ast.literal_eval(node.value), meaning)
+        parameter.accept(parameter.default, page.name)
+        found[parameter.name] = parameter
+    return found
+
+
+def check(page: Page, given: dict[str, Any]) -> dict[str, Any]:
+    """The given parameters with the page's own types: strict, and before any kernel starts.
+
+    Raises:
+        BookError: for an unknown name, a wrong type or an unparsable value.
+    """
+    accepted = parameters(page)
+    for name in given:
+        if name not in accepted:
+            raise BookError(f"{page.name}: {unknown('parameter', name, accepted)}")
+    return {name: accepted[name].accept(value, page.name) for name, value in given.items()}
+
+
+def profile_parameters(page: Page, profile: str) -> dict[str, Any]:
+    """What a profile changes on a page: nothing for `full`, the lines of `book/params/quick.yml` for `quick`."""
+    if profile not in PROFILES:
+        raise BookError(unknown("profile", profile, PROFILES))
+    if profile == "full":
+        return {}
+    table = yaml.safe_load((BOOK / "params" / f"{profile}.yml").read_text()) or {}
+    for name in table:
+        if name not in pages():
+            raise BookError(f"book/params/{profile}.yml: {unknown('page', name, pages())}")
+    try:
+        return check(page, table.get(page.name) or {})
+    except BookError as error:
+        raise BookError(f"book/params/{profile}.yml: {error}") from None

@@ -1,0 +1,219 @@
+"""The gate and the site: executed pages and prose in one folder, rendered, checked, and switched to in one step."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from nsm_support.book import BookError, claims, collect, gate
+from nsm_support.book.fingerprint import differences, record
+from nsm_support.book.pages import BOOK, BUILD, Page, page, pages, parameters
+from nsm_support.results import ROOT
+
+SITE = BUILD / "html"
+FOREIGN = re.compile(r"\{glue:text\}`([\w/\-]+):([\w.\-]+)(?::([^`]*))?`")
+BANNER = {
+    "quick": ':::{admonition} Quick profile\n:class: profile warning\nThe numbers and figures of this page come from '
+             'a run of seconds. They are real, but small: `make book PROFILE=full` gives the published ones.\n:::',
+    "full": ':::{admonition} Full profile\n:class: profile tip\nThe numbers and figures of this page are the '
+            'published ones.\n:::',
+}
+
+
+def toc_pages() -> list[str]:
+    """All pages of `_toc.yml`, in the reader's order."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    chapters = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    return [toc["root"], *chapters]
+
+
+def prose() -> list[str]:
+    """Every file under `book/` that the site is made from, besides the executable pages themselves."""
+    sources = {entry.source for entry in pages().values()}
+    kinds = {".md", ".bib", ".yml", ".json", ".css", ".js", ".svg", ".png", ".ico"}
+    return [str(path.relative_to(ROOT)) for path in sorted(BOOK.rglob("*"))
+            if path.suffix in kinds and path not in sources and path.is_file()]
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Leave a file alone that already holds this text, so that Sphinx need not read it again."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def with_banner(text: str, profile: str) -> str:
+    """The page's text with its profile named below the title."""
+    title, separator, rest = text.partition("\n")
+    return f"{title}\n\n{BANNER[profile]}\n{separator}{rest}"
+
+
+def fill(text: str, records: dict[str, dict[str, Any]], where: str) -> str:
+    """Put values of executed pages into prose: ``{glue:text}`page:key:format` ``.
+
+    Raises:
+        BookError: for a page or a key that has no value, naming it and the nearest.
+    """
+    def value(match: re.Match) -> str:
+        name, key, form = match.groups()
+        if name not in records:
+            from nsm_support.book.pages import unknown
+            raise BookError(f"{where}: {unknown('page', name, records)}")
+        values = records[name]["values"]
+        if key not in values:
+            from nsm_support.book.pages import unknown
+            raise BookError(f"{where}: {unknown(f'value of {name}', key, values)}")
+        return html.escape(format(values[key]["value"], form or ""))
+
+    return FOREIGN.sub(value, text)
+
+
+def parameter_page() -> str:
+    """`reference/parameters`: every parameter of every page, and what the quick profile makes of it."""
+    from nsm_support.book.pages import profile_parameters
+
+    lines = ["# Parameters", "", "Every executable page can be run with other values: "
+             "`nsm-book run PAGE -p NAME VALUE -o DIR`. The default is the published value; "
+             "the quick profile changes the ones in its column.", ""]
+    for entry in pages().values():
+        quick = profile_parameters(entry, "quick")
+        lines += [f"## `{entry.name}`", "", "| name | type | default | quick | meaning |", "|---|---|---|---|---|"]
+        for p in parameters(entry).values():
+            kind = p.type.replace("|", "\\|")
+            changed = f"`{quick[p.name]!r}`" if p.name in quick else "–"
+            lines.append(f"| `{p.name}` | `{kind}` | `{p.default!r}` | {changed} | {p.meaning} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def stage_page(entry: Page, profile: str, folder: Path) -> None:
+    """Put one executed page into the folder that Sphinx reads, if it may be published.
+
+    Raises:
+        BookError: with every reason against it.
+    """
+    path = entry.run(profile)
+    found = [f"{entry.name}: the run at {path.relative_to(ROOT)} is not today's: {difference}"
+             for difference in differences(entry, profile)]
+    if not found:
+        notebook = nbformat.read(path, as_version=4)
+        found = gate.problems(notebook, entry)
+    if found:
+        raise BookError("\n".join(found))
+    first = notebook.cells[0]
+    first.source = with_banner(first.source, profile)
+    write_if_changed(folder / f"{entry.name}.ipynb", nbformat.writes(notebook) + "\n")
+
+
+def stage(profile: str) -> Path:
+    """Lay out `_build/book/PROFILE`: prose with its numbers filled in, and the executed pages.
+
+    Raises:
+        BookError: with every reason why the book may not be published, page by page.
+    """
+    claims.check()
+    folder, refused = BUILD / "book" / profile, []
+    records = {run["page"]: run for run in json.loads(results(profile, "json").read_text())}
+    for name in toc_pages():
+        try:
+            if name in pages():
+                stage_page(page(name), profile, folder)
+            elif name == "reference/parameters":
+                write_if_changed(folder / f"{name}.md", parameter_page())
+            else:
+                text = fill((BOOK / f"{name}.md").read_text(), records, f"book/{name}.md")
+                write_if_changed(folder / f"{name}.md", with_banner(text, profile) if "glue:text" in text else text)
+        except BookError as error:
+            refused.append(str(error))
+        except FileNotFoundError as error:
+            refused.append(f"_toc.yml names {name}: {error}")
+    refused += [f"book/pages.yml names {name}, which _toc.yml does not" for name in pages() if name not in toc_pages()]
+    if refused:
+        raise BookError("not published:\n\n" + "\n\n".join(refused))
+    wanted = {folder / f"{name}{'.ipynb' if name in pages() else '.md'}" for name in toc_pages()}
+    for path in [*folder.rglob("*.md"), *folder.rglob("*.ipynb")]:
+        if path not in wanted:
+            path.unlink()
+    shutil.copytree(BOOK / "_static", folder / "_static", dirs_exist_ok=True)
+    for name in ("references.bib",):
+        write_if_changed(folder / name, (BOOK / name).read_text())
+    local_scripts(folder / "_local")
+    return folder
+
+
+def local_scripts(folder: Path) -> None:
+    """plotly.js and MathJax, taken from the installed packages, for the site's own root: nothing is fetched."""
+    import importlib.util
+
+    plotly = Path(importlib.util.find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"
+    mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg-full.js"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (plotly, mathjax):
+        target = folder / path.name
+        if not target.exists() or target.stat().st_size != path.stat().st_size:
+            shutil.copy(path, target)
+
+
+def results(profile: str, kind: str) -> Path:
+    return BUILD / "results" / profile / f"results.{kind}"
+
+
+def render(folder: Path, profile: str) -> Path:
+    """Turn the staged book into HTML with jupyter-book; return the folder that holds it.
+
+    Raises:
+        BookError: with Sphinx's own warnings and errors.
+    """
+    work = BUILD / "sphinx" / profile
+    shutil.rmtree(work / "_build" / "html", ignore_errors=True)  # pages that are gone must not stay
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(folder),
+               "--config", str(ROOT / "_config.yml"), "--toc", str(ROOT / "_toc.yml"), "--path-output", str(work), "-W", "-n", "--keep-going", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
+    if done.returncode:
+        # A page whose warning was already given would pass in silence the next time.
+        shutil.rmtree(work, ignore_errors=True)
+        raise BookError(f"jupyter-book refused the book:\n{done.stderr[-6000:] or done.stdout[-6000:]}")
+    return work / "_build" / "html"
+
+
+def publish(profile: str) -> Path:
+    """Render the staged book and keep it, whole, beside the one that is open; return its folder."""
+    rendered = render(stage(profile), profile)
+    card = {"profile": profile, "built": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "pages": {name: record(entry.run(profile)) for name, entry in pages().items()}}
+    stamp = json.dumps(card, sort_keys=True)
+    place = BUILD / "sites" / f"{profile}-{zlib.crc32(stamp.encode()):08x}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(rendered, place)
+    (place / "build.json").write_text(json.dumps(card, indent=1) + "\n")
+    shutil.copy(results(profile, "json"), place / "results.json")
+    with collect.whole(BUILD / "sites" / f"{profile}.json") as path:
+        path.write_text(json.dumps({"site": place.name}) + "\n")
+    return place
+
+
+def switch(profile: str) -> Path:
+    """Let `_build/html` be this profile's site, in one step; remove the profile's older ones."""
+    name = json.loads((BUILD / "sites" / f"{profile}.json").read_text())["site"]
+    if not SITE.is_symlink() or os.readlink(SITE) != f"sites/{name}":
+        if SITE.is_dir() and not SITE.is_symlink():
+            raise BookError(f"{SITE} is a folder that this book did not make: move it away")
+        new = SITE.with_name(".html.new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(f"sites/{name}")
+        os.replace(new, SITE)
+    for old in (BUILD / "sites").glob(f"{profile}-*"):
+        if old.name != name:
+            shutil.rmtree(old, ignore_errors=True)
+    return SITE

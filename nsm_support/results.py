@@ -1,0 +1,141 @@
+"""What a page hands over: numbers for its prose, claims for the ledger, files for other pages.
+
+Numbers travel inside the executed notebook, as display data under `metadata.scrapbook`, where myst-nb's `{glue:text}`
+and `nsm_support.book.collect` both find them. Nothing is written beside the notebook but the products.
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout that this package stands in."""
+
+GLUE_MIME = "application/papermill.record/text/plain"
+RULE = re.compile(r"^(estimate|low|high) (<|<=|>|>=) (-?\d+(?:\.\d+)?)$")
+COMPARE = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
+
+
+class Claim(NamedTuple):
+    """One line of the ledger: what was asked in `book/claims.yml`, and what a run answered."""
+
+    id: str
+    estimate: float
+    low: float
+    high: float
+    n: int
+    verdict: str
+
+
+def glue(key: str, value: Any, *, measured: bool = False) -> None:
+    """Hand one value to the prose (`{glue:text}`) and to the result store.
+
+    Args:
+        key: name of the value, unique on its page.
+        value: a number, a string, or an estimate with `estimate`, `low`, `high` and `n`, which becomes four values:
+            `key`, `key_low`, `key_high`, `key_n`.
+        measured: True for seconds, bytes and whatever else the clock decides. Everything else has to come out the
+            same when the page is run again, and the tests hold it to that.
+
+    Raises:
+        TypeError: for a value that is none of these.
+        ValueError: for a number that is not finite: a blank in a sentence is never what was meant.
+    """
+    if all(hasattr(value, field) for field in ("estimate", "low", "high", "n")):
+        glue(key, value.estimate, measured=measured)
+        for field in ("low", "high", "n"):
+            glue(f"{key}_{field}", getattr(value, field), measured=measured)
+        return
+    if hasattr(value, "item"):
+        value = value.item()  # a NumPy or torch scalar
+    if not isinstance(value, (bool, int, float, str)):
+        raise TypeError(f"glue({key!r}): accepts a number, a string or an estimate, got {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"glue({key!r}): the value is {value}, which no sentence can use")
+    from IPython.display import display
+
+    scrap = {"name": key, "mime_prefix": "application/papermill.record/", "value": value, "measured": measured}
+    display({GLUE_MIME: repr(value)}, raw=True, metadata={"scrapbook": scrap})
+
+
+def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n: int) -> str:
+    """Apply a decision rule that was written down before the run.
+
+    Args:
+        rule: `supported` and `refuted`, each a comparison such as `low > 0`, and `min_n`, the least number of
+            independent units behind a verdict.
+        estimate, low, high, n: the estimate, its 95 % interval and the number of independent units.
+
+    Returns:
+        `supported`, `refuted` or `undecided`. Undecided is the answer whenever n is below `min_n`.
+
+    Raises:
+        ValueError: if the interval does not hold the estimate, or if both comparisons hold.
+    """
+    if not low <= estimate <= high:
+        raise ValueError(f"the interval [{low}, {high}] does not hold the estimate {estimate}")
+    if n < rule["min_n"]:
+        return "undecided"
+    values = {"estimate": estimate, "low": low, "high": high}
+    holds = {}
+    for word in ("supported", "refuted"):
+        match = RULE.match(rule[word])
+        if match is None:
+            raise ValueError(f"rule {word}: {rule[word]!r} is not of the form 'estimate|low|high <|<=|>|>= number'")
+        name, sign, bound = match.groups()
+        holds[word] = COMPARE[sign](values[name], float(bound))
+    if all(holds.values()):
+        raise ValueError(f"both 'supported: {rule['supported']}' and 'refuted: {rule['refuted']}' hold for {values}")
+    return next((word for word, true in holds.items() if true), "undecided")
+
+
+def claim(id: str, *, estimate: float, low: float, high: float, n: int) -> Claim:
+    """Answer one question of `book/claims.yml` and glue the answer, so that the prose can only repeat it.
+
+    Glues `ID` (the estimate), `ID_low`, `ID_high`, `ID_n` and `ID_verdict`. An estimate of `nsm_support.statistics`
+    unpacks: `claim("router-knows-digit", **interval._asdict())`.
+
+    Raises:
+        KeyError: if the claim was not written down beforehand; the message lists those that were.
+        ValueError: as `verdict`.
+    """
+    import yaml
+
+    path = ROOT / "book" / "claims.yml"
+    rules = {entry["id"]: entry["rule"] for entry in yaml.safe_load(path.read_text())}
+    if id not in rules:
+        raise KeyError(f"claim {id!r} does not stand in book/claims.yml, which holds: {', '.join(sorted(rules))}")
+    answer = Claim(id, float(estimate), float(low), float(high), int(n),
+                   verdict(rules[id], estimate=estimate, low=low, high=high, n=n))
+    glue(id, answer)
+    glue(f"{id}_verdict", answer.verdict)
+    return answer
+
+
+def _product(name: str, variable: str) -> Path:
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"product {name!r}: accepts a relative path inside the store, such as 'visualization/digits.pt'")
+    return Path(os.environ.get(variable, ROOT / "_build" / "products" / "interactive")) / path
+
+
+def write_product(name: str) -> Path:
+    """Where this page puts a file that other pages need; `pages.yml` names it under `makes`."""
+    path = _product(name, "NSM_BOOK_MAKES")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def read_product(name: str) -> Path:
+    """Where a file lies that another page made; `pages.yml` names it under `needs`.
+
+    Raises:
+        FileNotFoundError: if that page has not run yet; the message says how to run it.
+    """
+    path = _product(name, "NSM_BOOK_NEEDS")
+    if not path.exists():
+        raise FileNotFoundError(f"product {name!r} is not at {path}: run the page that makes it first (book/pages.yml "
+                                f"says which; `make book` runs them in order)")
+    return path

@@ -1,0 +1,57 @@
+"""A small book of its own for the pipeline's tests: real pages, real kernels, the project's own package."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = Path(__file__).parent / "small_book"
+COPIED = ("nsm_support", "Snakefile", "_config.yml", "requirements.txt", "constraints.txt")
+
+
+class Checkout:
+    """A copy of the project in a folder of its own, holding the small book."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, folder / name)
+        shutil.copytree(SMALL, folder, dirs_exist_ok=True)
+        shutil.copytree(ROOT / "book" / "_static", folder / "book" / "_static", dirs_exist_ok=True)
+        shutil.copy(ROOT / "book" / "claims.schema.json", folder / "book")
+
+    def environment(self) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NSM_BOOK", "PYTEST"))}
+        return {**clean, "PYTHONPATH": str(self.folder), "COLUMNS": "200"}
+
+    def start(self, *words: str) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-m", "nsm_support.book.cli", *words], cwd=self.folder, text=True,
+                                env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def book(self, *words: str) -> tuple[int, str]:
+        """Run `nsm-book` in the copy; return its exit code and everything it printed."""
+        process = self.start(*words)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    def edit(self, name: str, old: str, new: str) -> None:
+        path = self.folder / name
+        text = path.read_text()
+        assert old in text, f"{old!r} is not in {name}"
+        path.write_text(text.replace(old, new))
+
+    def run(self, page: str) -> Path:
+        return self.folder / "_build" / "runs" / "quick" / f"{page}.ipynb"
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Checkout:
+    return Checkout(tmp_path)
