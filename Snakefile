@@ -12,8 +12,9 @@ if workflow.is_main_process:
     fingerprint.set_aside_stale(PROFILE)
 
 
-rule book:
+rule book:  # names every run: Snakemake does not miss a file that only stands between two others
     input:
+        RUNS.values(),
         f"_build/sites/{PROFILE}.json",
     default_target: True
 

@@ -143,7 +143,11 @@ def _plotly(figure, name: str, alt: str, still, controls, frames) -> tuple[str, 
     missing = [choice for choice in product(*controls.values()) if choice not in frames] if controls else list(frames)
     if missing:
         raise ValueError(f"show({name!r}): controls and frames do not match, e.g. at {missing[0]!r}")
-    figure.update_layout(template="none", colorway=PALETTE)
+    figure.update_layout(template="none", colorway=PALETTE, hoverlabel={"namelength": -1})
+    if figure.layout.margin.to_plotly_json() == {}:
+        figure.update_layout(margin={"l": 50, "r": 15, "t": 35, "b": 45})
+    if figure.layout.height is None:
+        figure.update_layout(height=380)
     spec = json.loads(figure.to_json())
     index = {tuple(choice): ",".join(str(list(controls[label]).index(one)) for label, one in zip(controls, choice, strict=True))
              for choice in frames}

@@ -91,11 +91,11 @@ def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n
     return next((word for word, true in holds.items() if true), "undecided")
 
 
-def claim(id: str, *, estimate: float, low: float, high: float, n: int) -> Claim:
+def claim(id: str, *, estimate: float, low: float, high: float, n: int, measured: bool = False) -> Claim:
     """Answer one question of `book/claims.yml` and glue the answer, so that the prose can only repeat it.
 
     Glues `ID` (the estimate), `ID_low`, `ID_high`, `ID_n` and `ID_verdict`. An estimate of `nsm_support.statistics`
-    unpacks: `claim("router-knows-digit", **interval._asdict())`.
+    unpacks: `claim("router-knows-digit", **interval._asdict())`. `measured` as in `glue`, for claims about seconds.
 
     Raises:
         KeyError: if the claim was not written down beforehand; the message lists those that were.
@@ -109,8 +109,8 @@ def claim(id: str, *, estimate: float, low: float, high: float, n: int) -> Claim
         raise KeyError(f"claim {id!r} does not stand in book/claims.yml, which holds: {', '.join(sorted(rules))}")
     answer = Claim(id, float(estimate), float(low), float(high), int(n),
                    verdict(rules[id], estimate=estimate, low=low, high=high, n=n))
-    glue(id, answer)
-    glue(f"{id}_verdict", answer.verdict)
+    glue(id, answer, measured=measured)
+    glue(f"{id}_verdict", answer.verdict, measured=measured)
     return answer
 
 

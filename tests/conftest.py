@@ -17,6 +17,7 @@ class Checkout:
     """A copy of the project in a folder of its own, holding the small book."""
 
     def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         for name in COPIED:
             source = ROOT / name
@@ -55,3 +56,21 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path) -> Checkout:
     return Checkout(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Checkout:
+    """A checkout whose small book is built. Only to be read or copied."""
+    checkout = Checkout(tmp_path_factory.mktemp("built"))
+    code, output = checkout.book("build")
+    assert code == 0, output
+    return checkout
+
+
+@pytest.fixture
+def copy(built, tmp_path) -> Checkout:
+    """A built checkout that a test may change."""
+    checkout = object.__new__(Checkout)
+    checkout.folder = tmp_path / "copy"
+    shutil.copytree(built.folder, checkout.folder, symlinks=True)
+    return checkout

@@ -1,6 +1,7 @@
 """Build the whole book: one build at a time, pages side by side, with progress and the time left."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -9,13 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import filelock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nsm_support.book import BookError, claims, execute, stage
 from nsm_support.book.fingerprint import differences, record
-from nsm_support.book.pages import BUILD, page, pages, parameters
+from nsm_support.book.pages import BUILD, page, pages, parameters, profile_parameters
 from nsm_support.results import ROOT
 
 SITE_SECONDS = 20.0  # what rendering is expected to take before it was ever measured
@@ -23,21 +23,23 @@ SITE_SECONDS = 20.0  # what rendering is expected to take before it was ever mea
 
 @contextlib.contextmanager
 def only_build(console: Console):
-    """Hold the checkout's one build lock; a second build waits, naming the first. The kernel frees it on any death."""
+    """Hold the checkout's one build lock and yield its file; a second build waits, naming the first.
+
+    Snakemake inherits the open file, so the lock is free only when the build and its Snakemake have both ended, however.
+    """
     BUILD.mkdir(exist_ok=True)
-    note = BUILD / "build.lock.txt"
-    lock = filelock.FileLock(BUILD / "build.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        holder = note.read_text().strip() if note.exists() else "another process"
-        console.print(f"{holder} is building in this checkout; waiting for it to end", highlight=False)
-        lock.acquire()
-    try:
-        note.write_text(f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})\n")
-        yield
-    finally:
-        lock.release()
+    with (BUILD / "build.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            console.print(f"{holder} is building in this checkout; waiting for it to end", highlight=False)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})\n")
+        lock.flush()
+        yield lock
 
 
 def note_state(profile: str, what: str, state: str, message: str = "") -> None:
@@ -94,7 +96,8 @@ def build(profile: str, cores: int, console: Console) -> Path:
     claims.check()
     for entry in pages().values():
         parameters(entry)
-    with only_build(console):
+        profile_parameters(entry, profile)
+    with only_build(console) as lock:
         execute.clean_partial(BUILD / "runs")
         shutil.rmtree(BUILD / "status" / profile, ignore_errors=True)
         todo = [entry for entry in pages().values() if differences(entry, profile)]
@@ -110,7 +113,8 @@ def build(profile: str, cores: int, console: Console) -> Path:
         command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--keep-going", "--nolock",
                    "--rerun-incomplete", "--rerun-triggers", "mtime", "--config", f"profile={profile}"]
         with log.open("w") as out:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+                                       pass_fds=[lock.fileno()])
             try:
                 watch(process, profile, expected, cores, console)
             except BaseException:

@@ -37,11 +37,7 @@ def build(profile, cores):
     from rich.console import Console
 
     from nsm_support.book.build import build
-    from nsm_support.book.pages import profile_parameters
 
-    from nsm_support.book.pages import pages
-    for entry in pages().values():
-        profile_parameters(entry, profile)
     site = build(profile, cores, Console(soft_wrap=True))
     click.echo(f"The book ({profile} profile) is ready. Open {site / 'index.html'}")
 
@@ -89,6 +85,16 @@ def why(page, profile):
     reasons = fingerprint.differences(entry, profile)
     click.echo("\n".join(f"{entry.name} would run again: {reason}" for reason in reasons)
                or f"{entry.name} is up to date in the {profile} profile")
+
+
+@main.command()
+@PROFILE
+@click.option("--commit", required=True, help="The commit that the site has to be made from.")
+def verify(profile, commit):
+    """Refuse a built site that is not whole, or not of this profile and commit."""
+    from nsm_support.book import stage
+
+    click.echo(f"whole and new: {stage.verify(profile, commit)} pages")
 
 
 def step(function):

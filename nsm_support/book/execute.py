@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nsm_support.book import BookError, gate
-from nsm_support.book.fingerprint import differences, fingerprint, product
+from nsm_support.book.fingerprint import differences, digest, fingerprint, product, set_aside
 from nsm_support.book.pages import BUILD, Page, check, parameters, profile_parameters, read
 from nsm_support.results import ROOT
 
@@ -105,7 +105,7 @@ def run_page(page: Page, profile: str, given: dict[str, Any], target: Path, *, n
         died = []
         try:
             papermill.execute_notebook(source, output, parameters=given, kernel_name="python3", progress_bar=False,
-                                       cwd=ROOT, shutdown_kernel="immediate")
+                                       cwd=ROOT, shutdown_kernel="immediate", extra_arguments=["--log-level=ERROR"])
         except papermill.PapermillExecutionError:
             pass
         except DeadKernelError:
@@ -121,6 +121,7 @@ def run_page(page: Page, profile: str, given: dict[str, Any], target: Path, *, n
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
             "reproduce": reproduce_line(page, profile, given),
+            "made": {name: digest(makes / name) for name in page.makes},
         }
         notebook.cells.append(nbformat.v4.new_markdown_cell(run_box(run), id="this-run"))
         gate.mark_for_comparison(notebook)
@@ -135,13 +136,13 @@ def run_page(page: Page, profile: str, given: dict[str, Any], target: Path, *, n
 
 def execute(page: Page, profile: str) -> str:
     """Bring one page of a profile up to date; return one line saying what was done."""
-    if not differences(page, profile):
+    if page.run(profile).exists() and not differences(page, profile):
         page.run(profile).touch()
         return f"{page.name}: unchanged"
     store = product("", profile)
     run_page(page, profile, profile_parameters(page, profile), page.run(profile), needs=store, makes=store)
-    run = page.run(profile)
-    seconds = gate.record_of(run)["seconds"]
+    set_aside(page, profile).unlink(missing_ok=True)
+    seconds = gate.record_of(page.run(profile))["seconds"]
     over = seconds > page.budget[profile]
     return f"{page.name}: {seconds:.1f} s" + (f", over its budget of {page.budget[profile]:g} s" if over else "")
 

@@ -97,10 +97,12 @@ def record(path: Path) -> dict[str, Any]:
 
 def differences(page: Page, profile: str) -> list[str]:
     """Why a page has to run: one line for each part of its fingerprint that is not what the last run had."""
-    old, new = record(page.run(profile)).get("fingerprint"), fingerprint(page, profile)
-    if old is None:
+    last = record(page.run(profile)) or record(set_aside(page, profile))
+    if not last:
         return ["it has not run in this profile"]
-    lines = [f"its product {name} is missing" for name in page.makes if not product(name, profile).exists()]
+    old, new = last["fingerprint"], fingerprint(page, profile)
+    lines = [f"its product {name} is not what it made" for name in page.makes
+             if digest(product(name, profile)) != last["made"].get(name)]
     names = {"source": f"its source book/{page.name}.md", "claims": "its entries in book/claims.yml",
              "python": "the Python version"}
     lines += [f"{text} changed" for part, text in names.items() if old.get(part) != new[part]]
@@ -114,9 +116,20 @@ def differences(page: Page, profile: str) -> list[str]:
     return lines
 
 
-def set_aside_stale(profile: str) -> list[str]:
-    """Take the runs whose fingerprint is not today's out of the way, so that they are run again; name their pages."""
-    stale = [page for page in pages().values() if differences(page, profile)]
-    for page in stale:
-        page.run(profile).unlink(missing_ok=True)
-    return [page.name for page in stale]
+def set_aside(page: Page, profile: str) -> Path:
+    """Where the last run lies once it is no longer today's."""
+    return page.run(profile).with_suffix(".stale.ipynb")
+
+
+def set_aside_stale(profile: str) -> None:
+    """Take the runs whose fingerprint is not today's out of the way, so that they are run again.
+
+    A run that was set aside, and is today's again since a change was taken back, returns to its place.
+    """
+    for page in pages().values():
+        run, aside = page.run(profile), set_aside(page, profile)
+        if differences(page, profile):
+            if run.exists():
+                run.replace(aside)
+        elif not run.exists():
+            aside.replace(run)

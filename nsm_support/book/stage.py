@@ -110,6 +110,8 @@ def stage_page(entry: Page, profile: str, folder: Path) -> None:
         found = gate.problems(notebook, entry)
     if found:
         raise BookError("\n".join(found))
+    for output in [output for cell in notebook.cells for output in cell.get("outputs", ())]:
+        output.get("data", {}).pop(gate.PLOTLY, None)  # the site draws its HTML
     first = notebook.cells[0]
     first.source = with_banner(first.source, profile)
     write_if_changed(folder / f"{entry.name}.ipynb", nbformat.writes(notebook) + "\n")
@@ -217,3 +219,31 @@ def switch(profile: str) -> Path:
         if old.name != name:
             shutil.rmtree(old, ignore_errors=True)
     return SITE
+
+
+def verify(profile: str, commit: str) -> int:
+    """Refuse to deploy a site that is not whole, not of this profile, or not made from this commit.
+
+    Args:
+        commit: the commit, at least 12 hex digits of it.
+
+    Returns:
+        The number of pages found.
+
+    Raises:
+        BookError: with everything that is missing or old.
+    """
+    card_path = SITE / "build.json"
+    if not card_path.exists():
+        raise BookError(f"there is no site at {SITE}: make book PROFILE={profile}")
+    card = json.loads(card_path.read_text())
+    wrong = [] if card["profile"] == profile else [f"the site is of the {card['profile']} profile, not {profile}"]
+    wrong += [f"{name}: run at {run['commit']}, not at {commit[:12]}" for name, run in card["pages"].items()
+              if run["commit"] != commit[:12]]
+    wanted = [*(f"{name}.html" for name in toc_pages()), "index.html", "search.html", "searchindex.js", "results.json",
+              "plotly.min.js", "tex-svg-full.js"]
+    wrong += [f"{name} is missing or empty" for name in wanted
+              if not (SITE / name).exists() or not (SITE / name).stat().st_size]
+    if wrong:
+        raise BookError("not fit to deploy:\n" + "\n".join(wrong))
+    return len(toc_pages())

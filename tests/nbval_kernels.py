@@ -1,0 +1,14 @@
+"""A pytest plugin for nbval: its kernels get what the pipeline's kernels have, and a store of their own to write to."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from nsm_support.book.execute import environment
+from nsm_support.book.fingerprint import product
+
+
+def pytest_configure(config):
+    profile = Path(config.args[-1]).name
+    folder = tempfile.mkdtemp(prefix="nsm-book-nbval-")
+    os.environ.update(environment(needs=product("", profile), makes=Path(folder)))

@@ -1,0 +1,41 @@
+"""What a page depends on: exactly the modules that running it imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+from nsm_support.book import pages
+from nsm_support.book.execute import slug
+from nsm_support.book.fingerprint import imported_modules, page_code
+
+
+def really_imported(code: str) -> set[str]:
+    """What Python itself has loaded of the package after the page's imports."""
+    imports = "\n".join(line for line in code.splitlines() if line.startswith(("import nsm", "from nsm")))
+    script = f"{imports}\nimport sys\nprint(*[m for m in sys.modules if m.split('.')[0] == 'nsm_support'])"
+    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize("page", pages.pages().values(), ids=lambda page: page.name)
+def test_a_pages_modules_hold_all_that_python_loads(page):
+    code = "\n".join(line for line in page_code(page).splitlines() if "(" not in line.split("import")[0])
+    assert really_imported(code) <= set(imported_modules(page_code(page)))
+    assert not {name for name in imported_modules(page_code(page)) if name.startswith("nsm_support.book")}
+
+
+def test_imports_are_followed_through_packages():
+    found = imported_modules("from nsm_support.nsm.models import NSM")
+    assert {"nsm_support", "nsm_support.nsm", "nsm_support.nsm.models", "nsm_support.nsm.layer"} <= set(found)
+    assert imported_modules("import numpy") == []
+    assert "nsm_support.metrics" not in imported_modules("from nsm_support import results")
+
+
+def test_folder_names_are_readable_safe_and_never_shared():
+    assert slug({"count": 3, "kind": "up"}) == "count=3,kind=up"
+    assert slug({}) == "defaults"
+    odd = [{"name": "../../etc"}, {"name": ".._.._etc"}, {"name": "a b"}, {"name": "a/b"}, {"name": "x" * 300},
+           {"name": "x" * 301}]
+    names = [slug(given) for given in odd]
+    assert len(set(names)) == len(names)
+    assert all("/" not in name and len(name) <= 80 for name in names)

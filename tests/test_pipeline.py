@@ -1,0 +1,261 @@
+"""The pipeline on a small book of its own: real pages, real kernels, real processes that really die."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import nbformat
+import pyarrow.parquet
+import pytest
+
+pytestmark = pytest.mark.kernel
+
+
+def state(checkout) -> dict[str, tuple]:
+    """What must not move when nothing changed: every run and the site."""
+    runs = {str(p.relative_to(checkout.folder)): p.read_bytes() for p in (checkout.folder / "_build/runs").rglob("*.ipynb")}
+    return {**runs, "site": os.readlink(checkout.folder / "_build" / "html")}
+
+
+def test_a_second_build_runs_nothing(copy):
+    before = state(copy)
+    code, output = copy.book("build")
+    assert code == 0 and "to run" not in output
+    assert state(copy) == before
+
+
+def words(checkout, page: str) -> str:
+    """What a reader reads on a built page, without its markup."""
+    html = (checkout.folder / "_build/html" / f"{page}.html").read_text()
+    return " ".join(re.sub(r"<[^>]+>", "", html).split())
+
+
+def test_built_page_holds_its_numbers_box_and_profile(built):
+    page = words(built, "group/first")
+    assert "The mean is 3.0: supported." in page
+    assert "Quick profile" in page and "This run" in page
+    assert "nsm-book run group/first --profile quick -o runs" in page
+    assert "The mean is 3.00, and the question is supported." in words(built, "intro")
+    assert "how many numbers" in words(built, "reference/parameters")
+
+
+def test_results_hold_values_parameters_and_provenance(built):
+    folder = built.folder / "_build/results/quick"
+    first, second = json.loads((folder / "results.json").read_text())
+    assert first["values"]["mean"] == {"value": 3.0, "measured": False}
+    assert first["all_parameters"] == {"count": 5, "scale": 1.0, "kind": "up", "names": ["a", "b"], "seed": 0}
+    assert second["values"]["total"]["value"] == 1 + 4 + 9
+    table = pyarrow.parquet.read_table(folder / "results.parquet").to_pylist()
+    row = next(row for row in table if row["key"] == "positive_verdict")
+    assert row["text"] == "supported" and row["value"] is None and row["page"] == "group/first"
+    assert all(row["seconds"] > 0 and row["peak_memory_mb"] > 30 and row["commit"] for row in table)
+
+
+@pytest.mark.parametrize(("code", "told"), [
+    ("1 / 0", ["group/second, cell 6", "ZeroDivisionError", "Traceback"]),
+    ("import sys; print('careful', file=sys.stderr)", ["group/second, cell 6", "wrote to stderr", "careful"]),
+    ("import warnings; warnings.warn('old')", ["group/second, cell 6", "wrote to stderr", "UserWarning: old"]),
+    ("import plotly.graph_objects as go; from IPython.display import display; "
+     "display({'application/vnd.plotly.v1+json': go.Figure().to_dict()}, raw=True)",
+     ["group/second, cell 6", "a plotly figure without HTML"]),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ["group/second", "kernel died"]),
+])
+def test_a_bad_page_is_not_published_and_harms_no_other(copy, code, told):
+    site, first = os.readlink(copy.folder / "_build/html"), copy.run("group/first").read_bytes()
+    page = copy.folder / "book/group/second.md"
+    page.write_text(page.read_text() + f"\n```{{code-cell}} python3\n{code}\n```\n")
+    exit_code, output = copy.book("build")
+    assert exit_code == 1
+    for words in told:
+        assert words in output
+    assert "site was left as it was" in output
+    assert os.readlink(copy.folder / "_build/html") == site and (copy.folder / "_build/html/index.html").exists()
+    assert copy.run("group/first").read_bytes() == first
+
+
+def test_a_missing_key_names_page_and_cell(copy):
+    copy.edit("book/group/second.md", "{glue:text}`total:.1f`", "{glue:text}`totle:.1f`")
+    code, output = copy.book("build")
+    assert code == 1 and "group/second, cell 5 (The total is" in output and "no cell glues 'totle'" in output
+
+
+def test_a_missing_key_of_another_page_is_refused(copy):
+    copy.edit("book/intro.md", "group/first:mean:.2f", "group/first:maen:.2f")
+    code, output = copy.book("build")
+    assert code == 1 and "unknown value of group/first 'maen'; nearest: mean" in output
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["cuont", "3"], "unknown parameter 'cuont'; nearest: count; accepted: count, scale, kind, names, seed"),
+    (["count", "3.5"], "parameter count is int (default 50), got 3.5"),
+    (["count", "many"], "parameter count is int (default 50), got 'many'"),
+    (["count", "True"], "parameter count is int (default 50), got True"),
+    (["scale", "nan"], "parameter scale is float (default 1.0), got 'nan'"),
+    (["scale", "1e999"], "parameter scale is float (default 1.0), got inf"),
+    (["kind", "sideways"], "got 'sideways'"),
+    (["names", "[1]"], "parameter names is list[str]"),
+])
+def test_a_wrong_parameter_is_refused_before_a_kernel_starts(built, tmp_path, words, told):
+    code, output = built.book("run", "group/first", "-p", *words, "-o", str(tmp_path / "out"))
+    assert code == 1 and told in output and "Traceback" not in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_typo_in_the_quick_profile_stops_the_build_before_it_starts(copy):
+    copy.edit("book/params/quick.yml", "count", "cuont")
+    code, output = copy.book("build")
+    assert code == 1 and "book/params/quick.yml: group/first: unknown parameter 'cuont'; nearest: count" in output
+    assert "to run" not in output
+
+
+def test_run_with_other_parameters(built, tmp_path):
+    code, output = built.book("run", "group/first", "-p", "count", "3", "-p", "scale", "-2", "-o", str(tmp_path))
+    assert code == 0, output
+    place = tmp_path / "group-first" / "count=3,scale=-2.0"
+    (record,) = json.loads((place / "results.json").read_text())
+    assert record["values"]["mean"]["value"] == -4.0
+    assert record["values"]["positive_verdict"]["value"] == "refuted"
+    assert record["reproduce"] == "nsm-book run group/first --profile full -p count 3 -p scale -2.0 -o runs"
+    before = (place / "run.ipynb").read_bytes()
+    assert built.book("run", "group/first", "-p", "count", "3", "-p", "scale", "-2", "-o", str(tmp_path))[0] == 0
+    assert (place / "run.ipynb").read_bytes() == before  # the same run is not made twice
+
+
+def test_a_changed_module_reruns_only_who_imports_it(copy):
+    first = copy.run("group/first").read_bytes()
+    module = copy.folder / "nsm_support/metrics.py"
+    module.write_text(module.read_text() + "\n# changed\n")
+    assert "module nsm_support.metrics changed" in copy.book("why", "group/second")[1]
+    assert "group/first is up to date" in copy.book("why", "group/first")[1]
+    code, output = copy.book("build")
+    assert code == 0 and "1 of 2 pages to run" in output and "group/second: " in output
+    assert copy.run("group/first").read_bytes() == first
+
+
+def test_a_changed_product_reruns_its_reader_and_an_equal_one_does_not(copy):
+    second = copy.run("group/second").read_bytes()
+    copy.edit("book/group/first.md", "It draws numbers.", "It draws some numbers.")
+    code, output = copy.book("build")  # the page runs again, and makes the same file again
+    assert code == 0, output
+    assert copy.run("group/second").read_bytes() == second
+    copy.edit("book/params/quick.yml", "count: 5", "count: 5, scale: 2.0")
+    assert "parameter scale: default → 2.0" in copy.book("why", "group/first")[1]
+    assert copy.book("build")[0] == 0
+    assert json.loads((copy.folder / "_build/results/quick/results.json").read_text())[1]["values"]["total"]["value"] == 56
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("requirements.txt", "pins: requirements.txt changed"), ("book/claims.yml", "its entries in book/claims.yml changed"),
+])
+def test_why_names_pins_and_claims(copy, name, reason):
+    path = copy.folder / name
+    path.write_text(path.read_text().replace("min_n: 3", "min_n: 4") + "# changed\n")
+    assert reason in copy.book("why", "group/first")[1]
+
+
+def test_a_run_of_yesterday_is_not_published(copy):
+    """Rendering by hand, past the step that would run the page again, is refused at the gate."""
+    copy.edit("book/group/second.md", "It reads", "It also reads")
+    code, output = copy.book("site")
+    assert code == 1 and "is not today's: its source book/group/second.md changed" in output
+
+
+def kill_everything(process) -> None:
+    """kill -9 of the build, of Snakemake, of the page and of its kernel."""
+    import psutil
+
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_build_killed_half_way_goes_on_where_it_was(copy):
+    site = os.readlink(copy.folder / "_build/html")
+    page = copy.folder / "book/group/second.md"
+    flag = copy.folder / "reached"
+    page.write_text(page.read_text().replace(
+        "\nnumbers = ", f"\nimport time\nfrom pathlib import Path\nPath({str(flag)!r}).touch()\ntime.sleep(NAP)\nnumbers = ")
+        .replace("power: int = 2  # the exponent", "power: int = 2  # the exponent\nNAP: int = 60  # seconds of waiting"))
+    copy.edit("book/group/first.md", "It draws numbers.", "It draws three numbers.")
+    process = copy.start("build")
+    deadline = time.time() + 60
+    while not flag.exists():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    first = copy.run("group/first").read_bytes()
+    kill_everything(process)
+    assert os.readlink(copy.folder / "_build/html") == site
+    assert not copy.run("group/second").exists() or nbformat.read(copy.run("group/second"), 4)
+    copy.edit("book/params/quick.yml", "group/first:", "group/second: {NAP: 0}\ngroup/first:")
+    code, output = copy.book("build")
+    assert code == 0, output
+    assert "1 of 2 pages to run" in output and copy.run("group/first").read_bytes() == first
+    assert not [path for path in (copy.folder / "_build/runs").rglob(".*") if path.is_dir()]
+
+
+def test_two_builds_at_once_make_one(copy):
+    copy.edit("book/group/first.md", "\nmean = ", "\nimport time\ntime.sleep(3)\nmean = ")
+    one = copy.start("build")
+    time.sleep(2.5)
+    two = copy.start("build")
+    (said_one, _), (said_two, _) = one.communicate(timeout=120), two.communicate(timeout=120)
+    assert one.returncode == 0 and two.returncode == 0, said_one + said_two
+    assert f"process {one.pid} " in said_two and "waiting for it to end" in said_two
+    assert "to run" in said_one and "to run" not in said_two
+
+
+def test_a_change_taken_back_brings_the_run_back(copy):
+    first, second = copy.run("group/first").read_bytes(), copy.run("group/second").read_bytes()
+    copy.edit("book/group/second.md", "n**power for", "m**power for")
+    code, output = copy.book("build")
+    assert code == 1 and "NameError" in output
+    assert "its source book/group/second.md changed" in copy.book("why", "group/second")[1]
+    copy.edit("book/group/second.md", "m**power for", "n**power for")
+    code, output = copy.book("build")
+    assert code == 0 and "to run" not in output
+    assert (copy.run("group/first").read_bytes(), copy.run("group/second").read_bytes()) == (first, second)
+
+
+def test_a_damaged_product_is_made_again(copy):
+    product = copy.folder / "_build/products/quick/numbers.txt"
+    whole, second = product.read_text(), copy.run("group/second").read_bytes()
+    product.write_text(whole[:5])
+    assert "its product numbers.txt is not what it made" in copy.book("why", "group/first")[1]
+    assert copy.book("build")[0] == 0
+    assert product.read_text() == whole and copy.run("group/second").read_bytes() == second
+
+
+def test_verify_refuses_a_site_that_is_old_or_not_whole(copy):
+    commit = json.loads((copy.folder / "_build/html/build.json").read_text())["pages"]["group/first"]["commit"]
+    assert copy.book("verify", "--commit", commit) == (0, "whole and new: 4 pages\n")
+    code, output = copy.book("verify", "--profile", "full", "--commit", "0123456789abcdef")
+    assert code == 1 and "of the quick profile, not full" in output and "not at 0123456789ab" in output
+    (copy.folder / "_build/html/group/second.html").unlink()
+    code, output = copy.book("verify", "--commit", commit)
+    assert code == 1 and "group/second.html is missing or empty" in output
+
+
+def test_over_budget_is_reported(copy):
+    copy.edit("book/pages.yml", "group/first:\n  budget: {quick: 10", "group/first:\n  budget: {quick: 0.1")
+    copy.edit("book/group/first.md", "It draws numbers.", "It draws numbers slowly.")
+    code, output = copy.book("build")
+    assert code == 0 and "over its budget of 0.1 s" in output
+
+
+def test_params_lists_type_default_and_meaning(built):
+    _, output = built.book("params", "group/first")
+    assert "Literal['up', 'down']" in output and "50" in output and "how many numbers" in output
+    _, output = built.book("params", "group/thrid")
+    assert "unknown page 'group/thrid'; nearest: group/first; accepted: group/first, group/second" in output
+
+
+def test_the_site_is_whole(built):
+    site = built.folder / "_build/html"
+    card = json.loads((site / "build.json").read_text())
+    assert card["profile"] == "quick" and set(card["pages"]) == {"group/first", "group/second"}
+    assert (site / "plotly.min.js").stat().st_size > 1e6 and (site / "tex-svg-full.js").stat().st_size > 1e6
+    assert Path(site / "_sources/group/first.ipynb").exists()
