@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nsm_support.book import BookError, claims, execute, stage
-from nsm_support.book.fingerprint import differences, record
+from nsm_support.book.fingerprint import differences, record, stale_pages
 from nsm_support.book.pages import BUILD, page, pages, parameters, profile_parameters
 from nsm_support.results import ROOT
 
@@ -100,7 +100,7 @@ def build(profile: str, cores: int, console: Console) -> Path:
     with only_build(console) as lock:
         execute.clean_partial(BUILD / "runs")
         shutil.rmtree(BUILD / "status" / profile, ignore_errors=True)
-        todo = [entry for entry in pages().values() if differences(entry, profile)]
+        todo = stale_pages(profile)
         seconds = BUILD / "seconds" / f"{profile}.json"
         known = json.loads(seconds.read_text()) if seconds.exists() else {}
         expected = {entry.name: known.get(entry.name, entry.budget[profile]) for entry in todo}

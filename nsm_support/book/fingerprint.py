@@ -95,8 +95,12 @@ def record(path: Path) -> dict[str, Any]:
         return {}
 
 
-def differences(page: Page, profile: str) -> list[str]:
-    """Why a page has to run: one line for each part of its fingerprint that is not what the last run had."""
+def differences(page: Page, profile: str, remade: frozenset[str] = frozenset()) -> list[str]:
+    """Why a page has to run: one line for each part of its fingerprint that is not what the last run had.
+
+    Args:
+        remade: products that are about to be made again, and so say nothing yet.
+    """
     last = record(page.run(profile)) or record(set_aside(page, profile))
     if not last:
         return ["it has not run in this profile"]
@@ -111,7 +115,7 @@ def differences(page: Page, profile: str) -> list[str]:
     for part, text in kinds.items():
         before, after = old.get(part, {}), new[part]
         for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
+            if before.get(name) != after.get(name) and not (part == "products" and name in remade):
                 lines.append(text.format(name, before.get(name, "default"), after.get(name, "default")))
     return lines
 
@@ -121,15 +125,26 @@ def set_aside(page: Page, profile: str) -> Path:
     return page.run(profile).with_suffix(".stale.ipynb")
 
 
+def stale_pages(profile: str) -> list[Page]:
+    """The pages that have to run, as far as can be told before any of them has.
+
+    A page that reads a product of one of these is not among them for that alone: it may be made the same again.
+    """
+    everything = frozenset(name for page in pages().values() for name in page.makes)
+    first = [page for page in pages().values() if differences(page, profile, everything)]
+    remade = frozenset(name for page in first for name in page.makes)
+    return [page for page in pages().values() if page in first or differences(page, profile, remade)]
+
+
 def set_aside_stale(profile: str) -> None:
     """Take the runs whose fingerprint is not today's out of the way, so that they are run again.
 
     A run that was set aside, and is today's again since a change was taken back, returns to its place.
     """
+    stale = stale_pages(profile)
     for page in pages().values():
         run, aside = page.run(profile), set_aside(page, profile)
-        if differences(page, profile):
-            if run.exists():
-                run.replace(aside)
-        elif not run.exists():
+        if page in stale and run.exists():
+            run.replace(aside)
+        elif page not in stale and not run.exists():
             aside.replace(run)
