@@ -68,7 +68,7 @@ def run_box(run: dict[str, Any]) -> str:
         "Again": f"`{run['reproduce']}`",
     }
     table = "\n".join(f"| {name} | {str(text).replace('|', chr(92) + '|')} |" for name, text in rows.items())
-    return ('<details class="this-run"><summary>This run</summary>\n\n| | |\n|---|---|\n' + table + "\n\n</details>")
+    return ('<details class="this-run"><summary>This run</summary>\n\n| what | value |\n|---|---|\n' + table + "\n\n</details>")
 
 
 def run_page(page: Page, profile: str, given: dict[str, Any], target: Path, *, needs: Path, makes: Path) -> None:

@@ -188,9 +188,29 @@ def render(folder: Path, profile: str) -> Path:
     return work / "_build" / "html"
 
 
+MENDS = (
+    # A font asked for ahead of time with `crossorigin` is refused, loudly, where pages are opened as files.
+    (re.compile(r'<link rel="preload" as="font"[^>]*>\s*'), ""),
+    # The theme's sidebar holds the logo and the search outside of any landmark.
+    (re.compile(r'<div class="bd-sidebar-primary'), '<div role="complementary" aria-label="Book" class="bd-sidebar-primary'),
+    # pandas heads the column of row names with an empty cell.
+    (re.compile(r"<th></th>"), "<td></td>"),
+)
+
+
+def mend(folder: Path) -> None:
+    """Mend what the theme's templates do wrong and cannot be told not to."""
+    for path in folder.rglob("*.html"):
+        text = path.read_text()
+        for pattern, better in MENDS:
+            text = pattern.sub(better, text)
+        path.write_text(text)
+
+
 def publish(profile: str) -> Path:
     """Render the staged book and keep it, whole, beside the one that is open; return its folder."""
     rendered = render(stage(profile), profile)
+    mend(rendered)
     card = {"profile": profile, "built": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "pages": {name: record(entry.run(profile)) for name, entry in pages().items()}}
     stamp = json.dumps(card, sort_keys=True)
