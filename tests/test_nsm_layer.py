@@ -230,6 +230,10 @@ def test_errors():
         make()(draw(2, 9, 16), draw(3, 5, 12))
     with pytest.raises(ValueError, match=r"mask takes shape \[B=2,T=9\], got \[2, 8\]"):
         make()(draw(2, 9, 16), mask=torch.ones(2, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask.dtype is one of torch.bool; got torch.float32"):
+        make()(draw(2, 9, 16), mask=torch.ones(2, 9))
+    with pytest.raises(ValueError, match=r"at least one token; got tokens of shape \[2, 0, 16\]"):
+        make()(draw(2, 0, 16))
     with pytest.raises(ValueError, match=r"chunk .* is a whole number of at least 1; got 0"):
         make(chunk=0)
     with pytest.raises(ValueError, match="streaming takes a causal layer with states: give chunk"):

@@ -42,6 +42,12 @@ def test_built_page_holds_its_numbers_box_and_profile(built):
     assert "how many numbers" in words(built, "reference/parameters")
 
 
+def test_links_to_executed_pages_lead_to_them(built):
+    assert 'href="first.html"' in (built.folder / "_build/html/group/second.html").read_text()
+    intro = (built.folder / "_build/html/intro.html").read_text()
+    assert re.search(r'href="group/second.html"[^>]*><span[^>]*>The second page</span>', intro)
+
+
 def test_results_hold_values_parameters_and_provenance(built):
     folder = built.folder / "_build/results/quick"
     first, second = json.loads((folder / "results.json").read_text())
@@ -158,7 +164,7 @@ def test_why_names_pins_and_claims(copy, name, reason):
 
 def test_a_run_of_yesterday_is_not_published(copy):
     """Rendering by hand, past the step that would run the page again, is refused at the gate."""
-    copy.edit("book/group/second.md", "It reads", "It also reads")
+    copy.edit("book/group/second.md", "It reads what", "It also reads what")
     code, output = copy.book("site")
     assert code == 1 and "is not today's: its source book/group/second.md changed" in output
 

@@ -22,6 +22,7 @@ from nsm_support.results import ROOT
 
 SITE = BUILD / "html"
 FOREIGN = re.compile(r"\{glue:text\}`([\w/\-]+):([\w.\-]+)(?::([^`]*))?`")
+LINK = re.compile(r"(\]\()([\w./-]+)\.md(?=[)#])")
 BANNER = {
     "quick": ':::{admonition} Quick profile\n:class: profile warning\nThe numbers and figures of this page come from '
              'a run of seconds. They are real, but small: `make book PROFILE=full` gives the published ones.\n:::',
@@ -56,6 +57,15 @@ def with_banner(text: str, profile: str) -> str:
     """The page's text with its profile named below the title."""
     title, separator, rest = text.partition("\n")
     return f"{title}\n\n{BANNER[profile]}\n{separator}{rest}"
+
+
+def linked(text: str, name: str) -> str:
+    """Links of page `name` to executable pages, which are notebooks in the staged book, lead to these."""
+    def target(match: re.Match) -> str:
+        there = os.path.normpath(os.path.join(os.path.dirname(name), match[2]))
+        return f"{match[1]}{match[2]}{'.ipynb' if there in pages() else '.md'}"
+
+    return LINK.sub(target, text)
 
 
 def fill(text: str, records: dict[str, dict[str, Any]], where: str) -> str:
@@ -112,6 +122,9 @@ def stage_page(entry: Page, profile: str, folder: Path) -> None:
         raise BookError("\n".join(found))
     for output in [output for cell in notebook.cells for output in cell.get("outputs", ())]:
         output.get("data", {}).pop(gate.PLOTLY, None)  # the site draws its HTML
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = linked(cell.source, entry.name)
     first = notebook.cells[0]
     first.source = with_banner(first.source, profile)
     write_if_changed(folder / f"{entry.name}.ipynb", nbformat.writes(notebook) + "\n")
@@ -133,7 +146,7 @@ def stage(profile: str) -> Path:
             elif name == "reference/parameters":
                 write_if_changed(folder / f"{name}.md", parameter_page())
             else:
-                text = fill((BOOK / f"{name}.md").read_text(), records, f"book/{name}.md")
+                text = linked(fill((BOOK / f"{name}.md").read_text(), records, f"book/{name}.md"), name)
                 write_if_changed(folder / f"{name}.md", with_banner(text, profile) if "glue:text" in text else text)
         except BookError as error:
             refused.append(str(error))

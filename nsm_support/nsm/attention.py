@@ -16,7 +16,7 @@ MIXES = ("gate", "sum", "fixed", "local", "read")
 
 
 def visible(distance: Tensor, window: int, causal: bool) -> Tensor:
-    """Which distances (query position minus key position) a window shows: 0 … W−1, or |distance| < W both ways."""
+    """Which distances (query position minus key position) a window shows: 0 … W−1, or up to W−1 both ways."""
     return (distance < window) & (distance > (-1 if causal else -window))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .attention import HybridAttention
 from .propagation import Propagated, StatePropagator
 from .routing import MIN_MASS, Routing, TokenToStateRouter, write
-from .states import StateManager, check_positive, check_shape
+from .states import StateManager, check_choice, check_positive, check_shape
 
 
 class LayerTrace(NamedTuple):
@@ -130,8 +130,11 @@ class NSMLayer(nn.Module):
     def _run(self, tokens: Tensor, states: Tensor | None, mask: Tensor | None, trace: bool) -> LayerTrace:
         check_shape("tokens", tokens, "B T D", D=self.token_dim)
         B, T, _ = tokens.shape
+        if T == 0:
+            raise ValueError(f"a layer takes at least one token; got tokens of shape {list(tokens.shape)}")
         if mask is not None:
             check_shape("mask", mask, "B T", B=B, T=T)
+            check_choice("mask.dtype", mask.dtype, (torch.bool,))
         u = self.norm(tokens)
         local = self.hybrid_attn.local(u, mask)  # (B, T, D)
         heard = u if local is None else u + local
@@ -277,7 +280,7 @@ class NSMLayer(nn.Module):
         if count == self.chunk:
             states, cell = self._propagate(states, cell, message / mass.clamp(min=MIN_MASS)[..., None], mass)
             message, mass, count = torch.zeros_like(message), torch.zeros_like(mass), 0
-        weights = router.match(q, router.heads(router.key(states))).weights
+            weights = router.match(q, router.heads(router.key(states))).weights
         tokens = self._finish(tokens, heard, local, router.read_states(weights, states))
         return tokens[:, 0], LayerStream(states, cell, message, mass, count, keys, values)
 

@@ -83,7 +83,7 @@ class ModelStream(NamedTuple):
 
 
 class NSM(nn.Module):
-    """A stack of `NSMLayer`s with one head, made from its config and nothing else.
+    """A stack of `NSMLayer` modules with one head, made from its config and nothing else.
 
     The classification head sees the mean token (causally the last one) beside the states of the last layer, averaged by
     importance. `config` follows pruning and allocation, so that `NSM(model.config)` always fits `model.state_dict()`.
@@ -204,7 +204,9 @@ class NSM(nn.Module):
         if keep is not None and len(keep) != len(self.layers):
             raise ValueError(f"keep takes one list of indices per layer ({len(self.layers)}); got {len(keep)}")
         pruned = [
-            layer.state_manager.prune(keep and keep[i], threshold=threshold, by=by, optimizer=optimizer)
+            layer.state_manager.prune(
+                None if keep is None else keep[i], threshold=threshold, by=by, optimizer=optimizer
+            )
             for i, layer in enumerate(self._with_states())
         ]
         self._count()
