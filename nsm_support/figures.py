@@ -62,8 +62,7 @@ def svg(figure, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', text).group(1)) * 96 / 72  # points to CSS pixels
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
-    style = f"--own-width:{width:.0f}px;width:{width:.0f}px"
-    text = text.replace("<svg", f'<svg aria-hidden="true" focusable="false" style="{style}"', 1)
+    text = text.replace("<svg", f'<svg aria-hidden="true" focusable="false" style="width:{width:.0f}px"', 1)
     # Several drawings share a page: their inner names must not.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return text.replace(INK, "currentColor").replace(GRID, "var(--nsm-grid, #c7c8c9)")

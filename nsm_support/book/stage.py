@@ -17,7 +17,7 @@ import yaml
 
 from nsm_support.book import BookError, claims, collect, gate
 from nsm_support.book.fingerprint import differences, record
-from nsm_support.book.pages import BOOK, BUILD, Page, page, pages, parameters
+from nsm_support.book.pages import BOOK, BUILD, Page, page, pages, parameters, profile_parameters, read, unknown
 from nsm_support.results import ROOT
 
 SITE = BUILD / "html"
@@ -77,11 +77,9 @@ def fill(text: str, records: dict[str, dict[str, Any]], where: str) -> str:
     def value(match: re.Match) -> str:
         name, key, form = match.groups()
         if name not in records:
-            from nsm_support.book.pages import unknown
             raise BookError(f"{where}: {unknown('page', name, records)}")
         values = records[name]["values"]
         if key not in values:
-            from nsm_support.book.pages import unknown
             raise BookError(f"{where}: {unknown(f'value of {name}', key, values)}")
         return html.escape(format(values[key]["value"], form or ""))
 
@@ -90,14 +88,13 @@ def fill(text: str, records: dict[str, dict[str, Any]], where: str) -> str:
 
 def parameter_page() -> str:
     """`reference/parameters`: every parameter of every page, and what the quick profile makes of it."""
-    from nsm_support.book.pages import profile_parameters
-
     lines = ["# Parameters", "", "Every executable page can be run with other values: "
              "`nsm-book run PAGE -p NAME VALUE -o DIR`. The default is the published value; "
              "the quick profile changes the ones in its column.", ""]
     for entry in pages().values():
         quick = profile_parameters(entry, "quick")
-        lines += [f"## `{entry.name}`", "", "| name | type | default | quick | meaning |", "|---|---|---|---|---|"]
+        title = read(entry).cells[0].source.splitlines()[0].lstrip("# ")
+        lines += [f"## {title}", "", f"`nsm-book run {entry.name}`", "", "| name | type | default | quick | meaning |", "|---|---|---|---|---|"]
         for p in parameters(entry).values():
             kind = p.type.replace("|", "\\|")
             changed = f"`{quick[p.name]!r}`" if p.name in quick else "–"
@@ -146,8 +143,9 @@ def stage(profile: str) -> Path:
             elif name == "reference/parameters":
                 write_if_changed(folder / f"{name}.md", parameter_page())
             else:
-                text = linked(fill((BOOK / f"{name}.md").read_text(), records, f"book/{name}.md"), name)
-                write_if_changed(folder / f"{name}.md", with_banner(text, profile) if "glue:text" in text else text)
+                source = (BOOK / f"{name}.md").read_text()
+                text = linked(fill(source, records, f"book/{name}.md"), name)
+                write_if_changed(folder / f"{name}.md", with_banner(text, profile) if FOREIGN.search(source) else text)
         except BookError as error:
             refused.append(str(error))
         except FileNotFoundError as error:
@@ -206,6 +204,7 @@ MENDS = (
     (re.compile(r'<link rel="preload" as="font"[^>]*>\s*'), ""),
     # The theme's sidebar holds the logo and the search outside of any landmark.
     (re.compile(r'<div class="bd-sidebar-primary'), '<div role="complementary" aria-label="Book" class="bd-sidebar-primary'),
+    (re.compile(r'role="doc-biblioentry"'), 'role="listitem"'),  # docutils' list of references has no items otherwise
     # pandas heads the column of row names with an empty cell.
     (re.compile(r"<th></th>"), "<td></td>"),
 )
