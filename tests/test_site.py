@@ -88,7 +88,8 @@ def test_every_figure_is_really_drawn(chromium, address, name):
         assert box["width"] > 100 and box["height"] > 100, figure.get_attribute("id")
         if plot:
             live = figure.locator(".nsm-live")
-            traces = live.evaluate("(e) => [e.data.length, e.querySelectorAll('.trace, .imagelayer image, .cartesianlayer path').length]")
+            marks = ".trace, .imagelayer image, .cartesianlayer path"
+            traces = live.evaluate(f"(e) => [e.data.length, e.querySelectorAll('{marks}').length]")
             assert min(traces) > 0, figure.get_attribute("id")
         else:
             assert drawing.locator("path, use, image").count() > 5, figure.get_attribute("id")
@@ -142,7 +143,8 @@ def test_keyboard_reaches_everything(chromium, address, name):
         const inSight = (e) => e.checkVisibility({ visibilityProperty: true }) && e.getClientRects().length;
         const all = [...document.querySelectorAll("a[href], button, input, select, summary, .highlight pre")].filter(inSight)
             .filter((e) => !e.matches("pre") || e.scrollWidth > e.clientWidth).filter((e) => e.tabIndex >= 0 || e.matches("pre"))
-            .filter((e) => !e.closest("dialog:not([open])") && !e.disabled && !(e.type === "checkbox" && e.matches(".sidebar-toggle")));
+            .filter((e) => !e.closest("dialog:not([open])") && !e.disabled)
+            .filter((e) => !(e.type === "checkbox" && e.matches(".sidebar-toggle")));
         all.forEach((e, i) => { e.dataset.wanted = i; });
         document.activeElement.blur();
         return all.map((e) => e.outerHTML.slice(0, 120));
