@@ -154,7 +154,7 @@ def _plotly(figure, name: str, alt: str, still, controls, frames) -> tuple[str, 
     from plotly.io.json import to_json_plotly
 
     moving = {index[choice]: json.loads(to_json_plotly(list(traces))) for choice, traces in frames.items()}
-    payload = json.dumps({"figure": spec, "frames": moving}, sort_keys=True).replace("<", "\\u003c")
+    payload = json.dumps({"figure": spec, "frames": moving}, sort_keys=True, separators=(",", ":")).replace("<", "\\u003c")
     words = html.escape(alt)
     body = (f'{_controls(controls) if controls else ""}<div class="nsm-plot" role="img" aria-label="{words}">'
             f'<div class="nsm-drawing nsm-still">{svg(still, name)}</div><div class="nsm-live"></div></div>'

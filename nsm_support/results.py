@@ -19,7 +19,7 @@ COMPARE = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b:
 
 
 class Claim(NamedTuple):
-    """One line of the ledger: what was asked in `book/claims.yml`, and what a run answered."""
+    """One line of the ledger: what was asked in `book/claims.yml`, and what a run answered, and why."""
 
     id: str
     estimate: float
@@ -27,6 +27,7 @@ class Claim(NamedTuple):
     high: float
     n: int
     verdict: str
+    reason: str
 
 
 def glue(key: str, value: Any, *, measured: bool = False) -> None:
@@ -91,10 +92,17 @@ def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n
     return next((word for word, true in holds.items() if true), "undecided")
 
 
+def reason(rule: dict[str, Any], word: str, n: int) -> str:
+    """Which part of the rule made a verdict, in words for the prose."""
+    if n < rule["min_n"]:
+        return f"n = {n}, and the rule asks for {rule['min_n']}"
+    return rule.get(word, f"neither {rule['supported']} nor {rule['refuted']}")
+
+
 def claim(id: str, *, estimate: float, low: float, high: float, n: int, measured: bool = False) -> Claim:
     """Answer one question of `book/claims.yml` and glue the answer, so that the prose can only repeat it.
 
-    Glues `ID` (the estimate), `ID_low`, `ID_high`, `ID_n` and `ID_verdict`. An estimate of `nsm_support.statistics`
+    Glues `ID` (the estimate), `ID_low`, `ID_high`, `ID_n`, `ID_verdict` and `ID_reason`. An estimate of `nsm_support.statistics`
     unpacks: `claim("router-knows-digit", **interval._asdict())`. `measured` as in `glue`, for claims about seconds.
 
     Raises:
@@ -107,10 +115,11 @@ def claim(id: str, *, estimate: float, low: float, high: float, n: int, measured
     rules = {entry["id"]: entry["rule"] for entry in yaml.safe_load(path.read_text())}
     if id not in rules:
         raise KeyError(f"claim {id!r} does not stand in book/claims.yml, which holds: {', '.join(sorted(rules))}")
-    answer = Claim(id, float(estimate), float(low), float(high), int(n),
-                   verdict(rules[id], estimate=estimate, low=low, high=high, n=n))
+    word = verdict(rules[id], estimate=estimate, low=low, high=high, n=n)
+    answer = Claim(id, float(estimate), float(low), float(high), int(n), word, reason(rules[id], word, n))
     glue(id, answer, measured=measured)
     glue(f"{id}_verdict", answer.verdict, measured=measured)
+    glue(f"{id}_reason", answer.reason, measured=measured)
     return answer
 
 

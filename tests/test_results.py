@@ -25,6 +25,14 @@ def test_verdict_follows_the_rule(low, estimate, high, n, word):
     assert verdict(RULE, estimate=estimate, low=low, high=high, n=n) == word
 
 
+@pytest.mark.parametrize(("word", "n", "why"), [
+    ("supported", 6, "low > 0"), ("refuted", 6, "high < 0"), ("undecided", 6, "neither low > 0 nor high < 0"),
+    ("undecided", 3, "n = 3, and the rule asks for 6"),
+])
+def test_a_verdict_has_its_reason(word, n, why):
+    assert results.reason(RULE, word, n) == why
+
+
 def test_verdict_knows_every_sign_and_bound():
     rule = {"supported": "estimate >= 1.5", "refuted": "estimate <= -0.5", "min_n": 2}
     assert verdict(rule, estimate=1.5, low=1, high=2, n=2) == "supported"

@@ -64,7 +64,7 @@ def run_box(run: dict[str, Any]) -> str:
     rows = {
         "Profile": run["profile"], "Parameters": f"`{shown}`", "Seed": run["seed"], "Device": run["device"],
         "Wall time": f"{run['seconds']:.1f} s", "Peak memory": f"{run['peak_memory_mb']:.0f} MB",
-        "Commit": f"`{run['commit']}`", "Versions": versions, "Date": run["date"],
+        "Commit": f"`{run['commit']}`" + (" and uncommitted changes" if run["commit"].endswith("+") else ""), "Versions": versions, "Date": run["date"],
         "Again": f"`{run['reproduce']}`",
     }
     table = "\n".join(f"| {name} | {str(text).replace('|', chr(92) + '|')} |" for name, text in rows.items())
@@ -114,7 +114,7 @@ def run_page(page: Page, profile: str, given: dict[str, Any], target: Path, *, n
         everything = {name: p.default for name, p in parameters(page).items()} | given
         notebook.metadata["nsm_book"] = run = {
             "page": page.name, "profile": profile, "parameters": given, "all_parameters": everything,
-            "seed": everything.get("seed", "none"), "device": everything.get("device", "cpu"),
+            "seed": everything.get("seed", everything.get("seeds", "none")), "device": everything.get("device", "cpu"),
             "fingerprint": printed, "seconds": time.perf_counter() - began, "peak_memory_mb": peak_memory(),
             "commit": commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
