@@ -1,6 +1,6 @@
 # make book    run every page and build the site (PROFILE=quick|full)      make test      every test but the benchmarks
 # make serve   open the site on loopback                                   make notebooks pair .ipynb beside the pages
-# make bench   the benchmarks                                              make clean     remove everything that was made
+# make bench   the benchmarks                                              make clean     remove every run and the site
 PROFILE ?= quick
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,7 +18,7 @@ book: .venv/installed
 
 test: book
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
-	OMP_NUM_THREADS=1 NSM_BOOK_RUN=1 $(BIN)/python -m pytest -p tests.nbval_kernels --nbval-lax --nbval-current-env -n 2 --dist loadscope _build/runs/$(PROFILE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.nbval_kernels --nbval-lax --nbval-current-env -n 2 --dist loadscope _build/runs/$(PROFILE)
 
 serve: .venv/installed
 	@test -e _build/html || { echo "There is no site yet: make book"; exit 1; }
@@ -32,4 +32,3 @@ bench: .venv/installed
 
 clean:
 	rm -rf _build .snakemake
-	find book -name '*.ipynb' -delete

@@ -1,5 +1,5 @@
-# The arrows of the book: page → executed notebook → results → site. `make book` runs them; so does
-# `snakemake --cores 2 --config profile=full`, here or, with an executor plugin, on a cluster.
+# The arrows of the book: page → executed notebook → results → site. `nsm-book build` runs them, one build at a time, and
+# then lets _build/html be the new site.
 import sys
 
 from nsm_support.book import fingerprint, pages, stage
@@ -10,6 +10,7 @@ RUNS = {name: page.run(PROFILE).relative_to(pages.ROOT) for name, page in pages.
 
 if workflow.is_main_process:
     fingerprint.set_aside_stale(PROFILE)
+    stage.drop_stale_site(PROFILE)
 
 
 rule book:  # names every run: Snakemake does not miss a file that only stands between two others
@@ -51,10 +52,6 @@ rule site:
     input:
         RUNS.values(),
         rules.collect.output,
-        "_config.yml",
-        "_toc.yml",
-        [path for path in stage.prose()],
-        [str(path) for path in sorted(pages.ROOT.glob("nsm_support/**/*.py"))],
     output:
         f"_build/sites/{PROFILE}.json",
     shell:

@@ -140,10 +140,16 @@ def write_product(name: str) -> Path:
 def read_product(name: str) -> Path:
     """Where a file lies that another page made; `pages.yml` names it under `needs`.
 
+    In a notebook that the pipeline does not run, it is the first there is of: the one that the other page made in the
+    same way, the published one, the quick profile's.
+
     Raises:
         FileNotFoundError: if that page has not run yet; the message says how to run it.
     """
     path = _product(name, "NSM_BOOK_NEEDS")
+    if "NSM_BOOK_NEEDS" not in os.environ:
+        others = (ROOT / "_build" / "products" / profile / name for profile in ("full", "quick"))
+        path = next((other for other in (path, *others) if other.exists()), path)
     if not path.exists():
         raise FileNotFoundError(f"product {name!r} is not at {path}: run the page that makes it first (book/pages.yml "
                                 f"says which; `make book` runs them in order)")

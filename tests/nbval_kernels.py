@@ -10,5 +10,9 @@ from nsm_support.book.fingerprint import product
 
 def pytest_configure(config):
     profile = Path(config.args[-1]).name
-    folder = tempfile.mkdtemp(prefix="nsm-book-nbval-")
-    os.environ.update(environment(needs=product("", profile), makes=Path(folder)))
+    config.nbval_store = tempfile.TemporaryDirectory(prefix="nsm-book-nbval-")
+    os.environ.update(environment(needs=product("", profile), makes=Path(config.nbval_store.name)))
+
+
+def pytest_unconfigure(config):
+    config.nbval_store.cleanup()

@@ -11,9 +11,9 @@ from nsm_support.book.execute import slug
 from nsm_support.book.fingerprint import imported_modules, page_code
 
 
-def really_imported(code: str) -> set[str]:
+def really_imported(cells: list[str]) -> set[str]:
     """What Python itself has loaded of the package after the page's imports."""
-    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    nodes = [node for node in ast.walk(ast.parse("\n".join(cells))) if isinstance(node, (ast.Import, ast.ImportFrom))]
     imports = "\n".join(line for line in map(ast.unparse, nodes) if "nsm_support" in line)
     script = f"{imports}\nimport sys\nprint(*[m for m in sys.modules if m.split('.')[0] == 'nsm_support'])"
     return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
@@ -26,15 +26,17 @@ def test_a_pages_modules_hold_all_that_python_loads(page):
 
 
 def test_imports_are_followed_through_packages():
-    found = imported_modules("from nsm_support.nsm.models import NSM")
+    found = imported_modules(["x = = 1", "%%html\n<b>", "from nsm_support.nsm.models import NSM"])
     assert {"nsm_support", "nsm_support.nsm", "nsm_support.nsm.models", "nsm_support.nsm.layer"} <= set(found)
-    assert imported_modules("import numpy") == []
-    assert "nsm_support.metrics" not in imported_modules("from nsm_support import results")
+    assert imported_modules(["import numpy"]) == []
+    assert "nsm_support.metrics" not in imported_modules(["from nsm_support import results"])
 
 
 def test_folder_names_are_readable_safe_and_never_shared():
     assert slug({"count": 3, "kind": "up"}) == "count=3,kind=up"
     assert slug({}) == "defaults"
+    assert slug({"a": "1,b=2"}) != slug({"a": "1", "b": "2"})
+    assert slug({"a": 1, "b": 2}) == slug({"b": 2, "a": 1})
     odd = [{"name": "../../etc"}, {"name": ".._.._etc"}, {"name": "a b"}, {"name": "a/b"}, {"name": "x" * 300},
            {"name": "x" * 301}]
     names = [slug(given) for given in odd]

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -67,6 +69,7 @@ def test_results_hold_values_parameters_and_provenance(built):
     ("import plotly.graph_objects as go; from IPython.display import display; "
      "display({'application/vnd.plotly.v1+json': go.Figure().to_dict()}, raw=True)",
      ["group/second, cell 6", "a plotly figure without HTML"]),
+    ("x = = 1", ["group/second, cell 6", "SyntaxError"]),
     ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ["group/second", "kernel died"]),
 ])
 def test_a_bad_page_is_not_published_and_harms_no_other(copy, code, told):
@@ -203,10 +206,80 @@ def test_a_build_killed_half_way_goes_on_where_it_was(copy):
     assert not [path for path in (copy.folder / "_build/runs").rglob(".*") if path.is_dir()]
 
 
+def test_a_page_that_outlives_its_build_is_waited_for(copy):
+    """kill -9 of the build and of Snakemake alone: the page goes on, and the next build lets it end."""
+    import psutil
+
+    flag = copy.folder / "reached"
+    copy.edit("book/group/first.md", "\nmean = ",
+              f"\nimport time\nfrom pathlib import Path\nPath({str(flag)!r}).touch()\ntime.sleep(5)\nmean = ")
+    process = copy.start("build")
+    deadline = time.time() + 60
+    while not flag.exists():
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.05)
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children()]:
+        member.send_signal(signal.SIGKILL)
+    process.wait()
+    code, output = copy.book("build")
+    assert code == 0 and "FAILED" not in output, output
+    assert "group/first: unchanged" in output  # it had ended, whole, before this build looked
+
+
+def test_what_sphinx_refused_once_it_refuses_again(copy):
+    site = os.readlink(copy.folder / "_build/html")
+    copy.edit("book/intro.md", "The mean is", "{nosuchrole}`x` The mean is")
+    for _ in range(2):
+        code, output = copy.book("build")
+        assert code == 1 and "nosuchrole" in output
+        assert os.readlink(copy.folder / "_build/html") == site
+
+
+def test_prose_edited_while_the_site_is_rendered_is_published_next(copy):
+    copy.edit("book/intro.md", "# A small book", "# A book")
+    process, log = copy.start("build"), copy.folder / "_build/book/quick/intro.md"
+    while "# A book" not in log.read_text():
+        time.sleep(0.02)
+    copy.edit("book/intro.md", "# A book", "# A tiny book")
+    process.wait()
+    assert copy.book("build")[0] == 0
+    assert "<h1>A tiny book" in (copy.folder / "_build/html/intro.html").read_text()
+
+
+def test_a_relative_folder_is_that_of_the_caller(built, tmp_path):
+    words = [sys.executable, "-m", "nsm_support.book.cli", "run", "group/first", "-p", "count", "3", "-o", "out"]
+    done = subprocess.run(words, cwd=tmp_path, env=built.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/group-first/count=3/numbers.txt").exists()
+
+
+def test_a_page_that_needs_another_says_how_to_get_it(built, tmp_path):
+    code, output = built.book("run", "group/second", "-o", str(tmp_path))
+    assert code == 1 and "needs numbers.txt" in output and "make book PROFILE=full" in output
+    code, output = built.book("run", "group/second", "--profile", "quick", "-p", "power", "3", "-o", str(tmp_path))
+    assert code == 0, output
+    (record,) = json.loads((tmp_path / "group-second/quick,power=3/results.json").read_text())
+    assert record["values"]["total"]["value"] == 1 + 8 + 27
+
+
+@pytest.mark.parametrize(("name", "old", "new", "told"), [
+    ("book/intro.md", "positive_verdict`", "positive_verdict:.2f`", "{glue:text}`group/first:positive_verdict:.2f`: the value"),
+    ("book/group/first.md", "count: int = 50", "count: int = 5 * 10", "line 1: the default of count has to be a literal"),
+    ("book/params/quick.yml", "{count: 5}", "{count: 5", "book/params/quick.yml: while parsing"),
+    ("book/claims.yml", "min_n: 3", "min_n: few", "book/claims.yml: 0/rule/min_n: 'few' is not of type 'integer'"),
+])
+def test_a_mistake_is_told_with_its_place(copy, name, old, new, told):
+    copy.edit(name, old, new)
+    code, output = copy.book("build")
+    assert code == 1 and told in output and "Traceback" not in output
+
+
 def test_two_builds_at_once_make_one(copy):
     copy.edit("book/group/first.md", "\nmean = ", "\nimport time\ntime.sleep(3)\nmean = ")
-    one = copy.start("build")
-    time.sleep(2.5)
+    one, lock = copy.start("build"), copy.folder / "_build/build.lock"
+    while f"process {one.pid} " not in lock.read_text():
+        assert one.poll() is None
+        time.sleep(0.05)
     two = copy.start("build")
     (said_one, _), (said_two, _) = one.communicate(timeout=120), two.communicate(timeout=120)
     assert one.returncode == 0 and two.returncode == 0, said_one + said_two

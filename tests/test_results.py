@@ -94,3 +94,13 @@ def test_products_stay_in_their_store(monkeypatch, tmp_path):
         results.read_product("model.pt")
     results.write_product("model.pt").write_text("x")
     assert results.read_product("model.pt").read_text() == "x"
+
+
+def test_a_notebook_outside_the_pipeline_finds_what_was_built(monkeypatch, tmp_path):
+    monkeypatch.delenv("NSM_BOOK_NEEDS", raising=False)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for profile in ("quick", "full", "interactive"):
+        path = tmp_path / "_build/products" / profile / "model.pt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert results.read_product("model.pt") == path

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nsm_support.book import BookError, claims, execute, stage
-from nsm_support.book.fingerprint import differences, record, stale_pages
-from nsm_support.book.pages import BUILD, page, pages, parameters, profile_parameters
+from nsm_support.book.fingerprint import record, stale_pages
+from nsm_support.book.pages import BUILD, pages, parameters, profile_parameters
 from nsm_support.results import ROOT
 
 SITE_SECONDS = 20.0  # what rendering is expected to take before it was ever measured
@@ -36,6 +36,8 @@ def only_build(console: Console):
             holder = lock.read().strip() or "another process"
             console.print(f"{holder} is building in this checkout; waiting for it to end", highlight=False)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        with (BUILD / "steps.lock").open("a") as steps:  # held by every step that is still alive, see `cli.step`
+            fcntl.flock(steps, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})\n")
         lock.flush()
@@ -98,7 +100,7 @@ def build(profile: str, cores: int, console: Console) -> Path:
         parameters(entry)
         profile_parameters(entry, profile)
     with only_build(console) as lock:
-        execute.clean_partial(BUILD / "runs")
+        execute.clean_leftovers(profile)
         shutil.rmtree(BUILD / "status" / profile, ignore_errors=True)
         todo = stale_pages(profile)
         seconds = BUILD / "seconds" / f"{profile}.json"
@@ -109,9 +111,11 @@ def build(profile: str, cores: int, console: Console) -> Path:
             console.print(f"{len(todo)} of {len(pages())} pages to run, {cores} side by side", highlight=False)
         log = BUILD / "log" / f"{profile}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        # The lock above stands for Snakemake's own, which a killed build would leave behind.
+        # The lock above stands for Snakemake's own, which a killed build would leave behind. Its checksums, taken when a
+        # step ends, would hide what changed while it ran; fingerprints tell better what a page depends on.
         command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--keep-going", "--nolock",
-                   "--rerun-incomplete", "--rerun-triggers", "mtime", "--config", f"profile={profile}"]
+                   "--rerun-incomplete", "--rerun-triggers", "mtime", "--max-checksum-file-size", "0",
+                   "--config", f"profile={profile}"]
         with log.open("w") as out:
             process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
                                        pass_fds=[lock.fileno()])
@@ -132,7 +136,3 @@ def build(profile: str, cores: int, console: Console) -> Path:
             raise BookError(f"{shown}\n\nThe site was left as it was. Snakemake's own log: {log}")
         return stage.switch(profile)
 
-
-def why(name: str, profile: str) -> list[str]:
-    """Why a page would run again, a line a reason; empty if it would not."""
-    return differences(page(name), profile)

@@ -3,10 +3,8 @@
 import json
 from typing import Any
 
-import yaml
-
 from nsm_support.book import BookError
-from nsm_support.book.pages import BOOK, pages, unknown
+from nsm_support.book.pages import BOOK, pages, read_yaml, unknown
 
 
 def check() -> list[dict[str, Any]]:
@@ -17,7 +15,7 @@ def check() -> list[dict[str, Any]]:
     """
     import jsonschema
 
-    entries = yaml.safe_load((BOOK / "claims.yml").read_text())
+    entries = read_yaml("claims.yml")
     schema = json.loads((BOOK / "claims.schema.json").read_text())
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(entries))
     if error:

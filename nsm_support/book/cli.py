@@ -1,5 +1,6 @@
 """`nsm-book`: build the book, run one page with other parameters, ask what a page accepts and why it would rerun."""
 
+import fcntl
 import functools
 import os
 import sys
@@ -9,7 +10,8 @@ import click
 
 from nsm_support.book import BookError
 
-PROFILE = click.option("--profile", default="quick", show_default=True, metavar="quick|full",
+PROFILES = click.Choice(["quick", "full"])
+PROFILE = click.option("--profile", type=PROFILES, default="quick", show_default=True,
                        help="quick: a run of seconds; full: the published numbers.")
 
 
@@ -47,13 +49,16 @@ def build(profile, cores):
 @click.option("-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter; may be given again.")
 @click.option("-o", "folder", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR",
               help="Where the run's own folder is made.")
-@click.option("--profile", default="full", show_default=True, metavar="quick|full",
+@click.option("--profile", type=PROFILES, default="full", show_default=True,
               help="The values of all other parameters.")
 def run(page, given, folder, profile):
     """Run one page with other parameters."""
     from nsm_support.book import pages
     from nsm_support.book.execute import rerun
 
+    twice = {name for name, _ in given if [other for other, _ in given].count(name) > 1}
+    if twice:
+        raise BookError(f"{page}: parameter {', '.join(sorted(twice))} is given more than once")
     place = rerun(pages.page(page), dict(given), profile, folder)
     click.echo(f"{place / 'run.ipynb'}\n{place / 'results.json'}")
 
@@ -102,8 +107,12 @@ def step(function):
     @functools.wraps(function)
     def told(profile, page=None):
         from nsm_support.book.build import note_state
+        from nsm_support.book.pages import BUILD
 
         what = page or function.__name__
+        BUILD.mkdir(exist_ok=True)
+        alive = (BUILD / "steps.lock").open("a")
+        fcntl.flock(alive, fcntl.LOCK_SH)  # until this process ends: a build that follows a killed one waits for it
         note_state(profile, what, "running")
         try:
             message = function(profile, page) if page else function(profile)

@@ -15,7 +15,7 @@ from typing import Any
 
 from nsm_support.book import BookError, gate
 from nsm_support.book.fingerprint import differences, digest, fingerprint, product, set_aside
-from nsm_support.book.pages import BUILD, Page, check, parameters, profile_parameters, read
+from nsm_support.book.pages import BUILD, Page, check, pages, parameters, profile_parameters, read
 from nsm_support.results import ROOT
 
 VERSIONS = ("torch", "numpy", "scipy", "matplotlib", "plotly", "papermill", "jupyter-book")
@@ -90,8 +90,9 @@ def run_page(page: Page, profile: str, given: dict[str, Any], target: Path, *, n
 
     for name in page.needs:
         if not (needs / name).exists():
-            raise BookError(f"{page.name}: needs {name}, which is not in {needs}: run the page that makes it first")
-    printed = fingerprint(page, profile, given)
+            raise BookError(f"{page.name}: needs {name}, which another page makes and {needs} does not hold yet: "
+                            f"make book PROFILE={profile}")
+    printed, today = fingerprint(page, profile, given), commit()
     target.parent.mkdir(parents=True, exist_ok=True)
     failed = target.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
@@ -116,7 +117,7 @@ def run_page(page: Page, profile: str, given: dict[str, Any], target: Path, *, n
             "page": page.name, "profile": profile, "parameters": given, "all_parameters": everything,
             "seed": everything.get("seed", everything.get("seeds", "none")), "device": everything.get("device", "cpu"),
             "fingerprint": printed, "seconds": time.perf_counter() - began, "peak_memory_mb": peak_memory(),
-            "commit": commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": today, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
@@ -153,9 +154,9 @@ def slug(given: dict[str, Any]) -> str:
     import json
     import re
 
-    text = ",".join(f"{name}={value}" for name, value in given.items()) or "defaults"
+    text = ",".join(f"{name}={value}" for name, value in sorted(given.items())) or "defaults"
     safe = re.sub(r"[^\w=,.\-]", "_", text)
-    if safe == text and len(text) <= 80:
+    if safe == text and len(text) <= 80 and text.count("=") == len(given):
         return text
     return f"{safe[:60]}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]}"
 
@@ -168,6 +169,7 @@ def rerun(page: Page, given: dict[str, Any], profile: str, folder: Path) -> Path
     """
     from nsm_support.book import collect
 
+    folder = folder.resolve()
     checked = check(page, given)
     merged = profile_parameters(page, profile) | checked
     place = folder / page.name.replace("/", "-") / (slug(checked) if profile == "full" else f"{profile},{slug(checked)}")
@@ -178,8 +180,11 @@ def rerun(page: Page, given: dict[str, Any], profile: str, folder: Path) -> Path
     return place
 
 
-def clean_partial(folder: Path) -> None:
-    """Remove what killed runs left behind in a store of runs. Only for whoever holds the build's lock."""
-    for left in folder.rglob(".*"):
-        if left.is_dir():
+def clean_leftovers(profile: str) -> None:
+    """Remove what killed and failed runs, and pages that are gone, left behind. Only for whoever holds the build's lock."""
+    kept = {path for page in pages().values() for path in (page.run(profile), set_aside(page, profile))}
+    for left in [*(BUILD / "runs" / profile).rglob("*")]:
+        if left.is_dir() and left.name.startswith("."):
             shutil.rmtree(left, ignore_errors=True)
+        elif left.is_file() and left not in kept:
+            left.unlink(missing_ok=True)

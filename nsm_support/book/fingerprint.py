@@ -8,9 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from nsm_support.book.pages import BOOK, BUILD, Page, pages, profile_parameters, read
+from nsm_support.book.pages import BUILD, Page, pages, profile_parameters, read, read_yaml
 from nsm_support.results import ROOT
 
 PINS = ("requirements.txt", "constraints.txt")
@@ -31,18 +29,24 @@ def import_graph():
     return grimp.build_graph("nsm_support", cache_dir=str(BUILD / "grimp"))
 
 
-def imported_modules(code: str) -> list[str]:
-    """The modules of `nsm_support` that running this code imports, directly or through others, sorted.
+def imported_modules(cells: list[str]) -> list[str]:
+    """The modules of `nsm_support` that running these cells imports, directly or through others, sorted.
 
-    Importing a module runs the `__init__` of every package around it, so these count too.
+    Importing a module runs the `__init__` of every package around it, so these count too. A cell that is no Python
+    imports nothing here: running it is what shows its error.
     """
     graph = import_graph()
     named = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            named |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    for cell in cells:
+        try:
+            nodes = list(ast.walk(ast.parse(cell)))
+        except SyntaxError:
+            continue
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                named |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     waiting, found = {name for name in named if name in graph.modules}, set()
     while waiting:
         module = waiting.pop()
@@ -57,10 +61,9 @@ def module_file(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def page_code(page: Page) -> str:
-    """All code of a page, with the lines that only IPython understands taken out."""
-    cells = [cell.source for cell in read(page).cells if cell.cell_type == "code"]
-    return "\n".join(line for cell in cells for line in cell.splitlines() if not line.lstrip().startswith(("%", "!")))
+def page_code(page: Page) -> list[str]:
+    """The code cells of a page."""
+    return [cell.source for cell in read(page).cells if cell.cell_type == "code"]
 
 
 def fingerprint(page: Page, profile: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def fingerprint(page: Page, profile: str, parameters: dict[str, Any] | None = No
         parameters: what the run is given; by default what the profile gives.
     """
     given = profile_parameters(page, profile) if parameters is None else parameters
-    claims = [entry for entry in yaml.safe_load((BOOK / "claims.yml").read_text()) if entry["page"] == page.name]
+    claims = [entry for entry in read_yaml("claims.yml") if entry["page"] == page.name]
     return {
         "source": digest(page.source),
         "parameters": json.loads(json.dumps(given)),

@@ -74,6 +74,18 @@ class Parameter:
         return accepted
 
 
+def read_yaml(name: str) -> Any:
+    """What a YAML file under `book/` holds.
+
+    Raises:
+        BookError: naming the file and the line that is no YAML.
+    """
+    try:
+        return yaml.safe_load((BOOK / name).read_text())
+    except yaml.YAMLError as error:
+        raise BookError(f"book/{name}: {error}") from None
+
+
 @cache
 def pages() -> dict[str, Page]:
     """All executable pages by name, in the order of `book/pages.yml`.
@@ -82,7 +94,7 @@ def pages() -> dict[str, Page]:
         BookError: if a page has no source, two pages make one product, or a product that is needed is made by none.
     """
     found = {}
-    for name, entry in yaml.safe_load((BOOK / "pages.yml").read_text()).items():
+    for name, entry in read_yaml("pages.yml").items():
         try:
             found[name] = Page(name=name, budget=entry["budget"], memory=entry["memory"],
                                needs=tuple(entry.get("needs", ())), makes=tuple(entry.get("makes", ())))
@@ -140,10 +152,14 @@ def parameters(page: Page) -> dict[str, Parameter]:
     if len(cells) != 1:
         raise BookError(f"book/{page.name}.md: needs exactly one cell tagged `parameters`, has {len(cells)}")
     source = cells[0].source
+    found = {}
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise BookError(f"book/{page.name}.md: parameters cell, line {error.lineno}: {error.msg}") from None
     comments = {token.start[0]: token.string.lstrip("# ") for token in
                 tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
-    found = {}
-    for node in ast.parse(source).body:
+    for node in body:
         where = f"book/{page.name}.md: parameters cell, line {node.lineno}"
         meaning = comments.get(node.end_lineno, "")
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value and meaning):
@@ -152,7 +168,12 @@ def parameters(page: Page) -> dict[str, Parameter]:
         names = {n.id for n in ast.walk(node.annotation) if isinstance(n, ast.Name)}
         if not names <= TYPES.keys():
             raise BookError(f"{where}: type {kind}: accepts {', '.join(TYPES)} and lists of them")
-        parameter = Parameter(node.target.id, kind, ast.literal_eval(node.value), meaning)
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            raise BookError(f"{where}: the default of {node.target.id} has to be a literal, "
+                            f"got {ast.unparse(node.value)}") from None
+        parameter = Parameter(node.target.id, kind, default, meaning)
         parameter.accept(parameter.default, page.name)
         found[parameter.name] = parameter
     return found
@@ -177,7 +198,7 @@ def profile_parameters(page: Page, profile: str) -> dict[str, Any]:
         raise BookError(unknown("profile", profile, PROFILES))
     if profile == "full":
         return {}
-    table = yaml.safe_load((BOOK / "params" / f"{profile}.yml").read_text()) or {}
+    table = read_yaml(f"params/{profile}.yml") or {}
     for name in table:
         if name not in pages():
             raise BookError(f"book/params/{profile}.yml: {unknown('page', name, pages())}")

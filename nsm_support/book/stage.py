@@ -1,5 +1,6 @@
 """The gate and the site: executed pages and prose in one folder, rendered, checked, and switched to in one step."""
 
+import hashlib
 import html
 import json
 import os
@@ -16,7 +17,7 @@ import nbformat
 import yaml
 
 from nsm_support.book import BookError, claims, collect, gate
-from nsm_support.book.fingerprint import differences, record
+from nsm_support.book.fingerprint import differences, digest, record
 from nsm_support.book.pages import BOOK, BUILD, Page, page, pages, parameters, profile_parameters, read, unknown
 from nsm_support.results import ROOT
 
@@ -38,12 +39,21 @@ def toc_pages() -> list[str]:
     return [toc["root"], *chapters]
 
 
-def prose() -> list[str]:
-    """Every file under `book/` that the site is made from, besides the executable pages themselves."""
+def ingredients() -> str:
+    """One hash of every file that the site is made from, besides the runs: prose, assets, settings, the package."""
     sources = {entry.source for entry in pages().values()}
     kinds = {".md", ".bib", ".yml", ".json", ".css", ".js", ".svg", ".png", ".ico"}
-    return [str(path.relative_to(ROOT)) for path in sorted(BOOK.rglob("*"))
-            if path.suffix in kinds and path not in sources and path.is_file()]
+    files = [path for path in BOOK.rglob("*") if path.suffix in kinds and path not in sources and path.is_file()]
+    files += [*ROOT.glob("nsm_support/**/*.py"), ROOT / "_config.yml", ROOT / "_toc.yml"]
+    each = [f"{path.relative_to(ROOT)} {digest(path)}" for path in sorted(files)]
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
+
+
+def drop_stale_site(profile: str) -> None:
+    """Let the site be rendered again if anything that it is made from is not what it was when it was rendered."""
+    path = BUILD / "sites" / f"{profile}.json"
+    if path.exists() and json.loads(path.read_text())["ingredients"] != ingredients():
+        path.unlink()
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -81,7 +91,10 @@ def fill(text: str, records: dict[str, dict[str, Any]], where: str) -> str:
         values = records[name]["values"]
         if key not in values:
             raise BookError(f"{where}: {unknown(f'value of {name}', key, values)}")
-        return html.escape(format(values[key]["value"], form or ""))
+        try:
+            return html.escape(format(values[key]["value"], form or ""))
+        except (ValueError, TypeError) as error:
+            raise BookError(f"{where}: {match[0]}: the value is {values[key]['value']!r}: {error}") from None
 
     return FOREIGN.sub(value, text)
 
@@ -157,7 +170,8 @@ def stage(profile: str) -> Path:
     for path in [*folder.rglob("*.md"), *folder.rglob("*.ipynb")]:
         if path not in wanted:
             path.unlink()
-    shutil.copytree(BOOK / "_static", folder / "_static", dirs_exist_ok=True)
+    shutil.rmtree(folder / "_static", ignore_errors=True)
+    shutil.copytree(BOOK / "_static", folder / "_static")
     for name in ("references.bib",):
         write_if_changed(folder / name, (BOOK / name).read_text())
     local_scripts(folder / "_local")
@@ -188,14 +202,18 @@ def render(folder: Path, profile: str) -> Path:
         BookError: with Sphinx's own warnings and errors.
     """
     work = BUILD / "sphinx" / profile
+    unfinished = BUILD / "sphinx" / f"{profile}.unfinished"
+    if unfinished.exists():  # a page whose warning was given before would pass in silence now
+        shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(work / "_build" / "html", ignore_errors=True)  # pages that are gone must not stay
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.touch()
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(folder),
                "--config", str(ROOT / "_config.yml"), "--toc", str(ROOT / "_toc.yml"), "--path-output", str(work), "-W", "-n", "--keep-going", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
     if done.returncode:
-        # A page whose warning was already given would pass in silence the next time.
-        shutil.rmtree(work, ignore_errors=True)
         raise BookError(f"jupyter-book refused the book:\n{done.stderr[-6000:] or done.stdout[-6000:]}")
+    unfinished.unlink()
     return work / "_build" / "html"
 
 
@@ -221,6 +239,7 @@ def mend(folder: Path) -> None:
 
 def publish(profile: str) -> Path:
     """Render the staged book and keep it, whole, beside the one that is open; return its folder."""
+    before = ingredients()
     rendered = render(stage(profile), profile)
     mend(rendered)
     card = {"profile": profile, "built": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -233,7 +252,7 @@ def publish(profile: str) -> Path:
     (place / "build.json").write_text(json.dumps(card, indent=1) + "\n")
     shutil.copy(results(profile, "json"), place / "results.json")
     with collect.whole(BUILD / "sites" / f"{profile}.json") as path:
-        path.write_text(json.dumps({"site": place.name}) + "\n")
+        path.write_text(json.dumps({"site": place.name, "ingredients": before}) + "\n")
     return place
 
 
