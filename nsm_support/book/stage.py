@@ -52,7 +52,7 @@ def ingredients() -> str:
 def drop_stale_site(profile: str) -> None:
     """Let the site be rendered again if anything that it is made from is not what it was when it was rendered."""
     path = BUILD / "sites" / f"{profile}.json"
-    if path.exists() and json.loads(path.read_text())["ingredients"] != ingredients():
+    if path.exists() and json.loads(path.read_text()).get("ingredients") != ingredients():
         path.unlink()
 
 
