@@ -38,21 +38,12 @@ for name, page in pages.pages().items():
             f"{COMMAND} execute {{params.page}} --profile {PROFILE}"
 
 
-rule collect:
+rule site:
     input:
         RUNS.values(),
     output:
         f"_build/results/{PROFILE}/results.json",
         f"_build/results/{PROFILE}/results.parquet",
-    shell:
-        f"{COMMAND} collect --profile {PROFILE}"
-
-
-rule site:
-    input:
-        RUNS.values(),
-        rules.collect.output,
-    output:
         f"_build/sites/{PROFILE}.json",
     shell:
         f"{COMMAND} site --profile {PROFILE}"

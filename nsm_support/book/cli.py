@@ -140,27 +140,18 @@ def execute(profile, page):
 @main.command(hidden=True)
 @PROFILE
 @step
-def collect(profile):
-    """Read all runs of a profile back into one table (a step of the build)."""
-    from nsm_support.book import collect, pages, stage
-
-    records = collect.write([entry.run(profile) for entry in pages.pages().values()], stage.results(profile, "json"))
-    collect.write_table(records, stage.results(profile, "parquet"))
-    return f"results: {sum(len(run['values']) for run in records)} values of {len(records)} pages"
-
-
-@main.command(hidden=True)
-@PROFILE
-@step
 def site(profile):
-    """Render the site (a step of the build)."""
+    """Read all runs of a profile back into one table, and render the site (a step of the build)."""
     import time
 
-    from nsm_support.book import stage
+    from nsm_support.book import collect, pages, stage
 
     began = time.perf_counter()
+    records = collect.write([entry.run(profile) for entry in pages.pages().values()], stage.results(profile, "json"))
+    collect.write_table(records, stage.results(profile, "parquet"))
     stage.publish(profile)
-    return f"site: {time.perf_counter() - began:.1f} s"
+    values = sum(len(run["values"]) for run in records)
+    return f"site: {values} values of {len(records)} pages, {time.perf_counter() - began:.1f} s"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What the book holds: its pages, their parameters, what they need and make, and what they may cost."""
 
 import ast
+import copy
 import difflib
 import io
 import tokenize
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ class Page:
     """
 
     name: str
-    budget: dict[str, float]
+    budget: dict[str, float] = field(hash=False)
     memory: int
     needs: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()
@@ -136,12 +137,18 @@ def unknown(what: str, given: str, accepted) -> str:
 
 
 def read(page: Page):
-    """The page's notebook, as jupytext reads it from the Markdown source."""
+    """The page's notebook, as jupytext reads it from the Markdown source: a copy of the caller's own."""
+    return copy.deepcopy(_read(page))
+
+
+@cache
+def _read(page: Page):
     import jupytext
 
     return jupytext.read(page.source)
 
 
+@cache
 def parameters(page: Page) -> dict[str, Parameter]:
     """The parameters of a page, read from its one cell tagged `parameters`, in order.
 
