@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import jupytext
 import nbformat
@@ -103,3 +105,12 @@ def test_claims_keep_to_their_schema_and_are_answered():
 def test_exercise_names_are_unique():
     names = [name for page in PAGES for name in re.findall(r"^:label: (\S+)", page.source.read_text(), re.MULTILINE)]
     assert len(names) == len(set(names))
+
+
+def test_pairing_leaves_the_sources_as_they_are(tmp_path, page):
+    """`make notebooks`, and the edit of a notebook that is taken back, must not make a page run again."""
+    copy = tmp_path / page.source.name
+    copy.write_text(page.source.read_text())
+    command = [sys.executable, "-m", "jupytext", "--quiet", "--sync", str(copy)]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert copy.with_suffix(".ipynb").exists() and copy.read_text() == page.source.read_text()
