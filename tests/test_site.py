@@ -1,5 +1,6 @@
 """The built site, as a reader meets it: in a real browser, over loopback and as files, in both themes, on a phone."""
 
+import os
 import re
 from pathlib import Path
 
@@ -16,6 +17,8 @@ SPECIAL = ["genindex", "search"]
 pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
 
 if not (SITE / "build.json").exists():
+    if os.environ.get("NSM_BOOK_NEED_BROWSER"):
+        raise RuntimeError(f"NSM_BOOK_NEED_BROWSER is set, and there is no built site at {SITE}: make book")
     pytest.skip("there is no built site: make book", allow_module_level=True)
 
 
