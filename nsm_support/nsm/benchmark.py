@@ -6,25 +6,20 @@ and chooses nothing.
 """
 
 import math
-import multiprocessing
-import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nsm_support.baselines import BASELINES, BaselineConfig, SmallCNN, count_parameters, match_parameters
 from nsm_support.tasks import IGNORE, Batch, Score, Task, make_task, score
 from nsm_support.training import TrainingConfig, evaluating, fit
+from nsm_support.workers import run_all
 
 from .models import NSM, NSMConfig
 
@@ -176,9 +171,8 @@ def train(run: Run, device: str = "cpu") -> list[dict[str, Any]]:
 
     Each row holds task, model, variant, rate, seed, part ("validation", "test", "untrained"), length (0 where a task has
     one), accuracy, nats (mean cross-entropy), parameters, steps, seconds. A run that diverged scores accuracy 0 and
-    infinitely many nats: its rate is not chosen. Sets the number of threads of the process to 1.
+    infinitely many nats: its rate is not chosen.
     """
-    torch.set_num_threads(1)
     setting, task = run.setting, task_of(run.setting, run.seed)
     model = build(setting, run.model, run.changes, run.seed).to(device)
 
@@ -211,33 +205,9 @@ def train(run: Run, device: str = "cpu") -> list[dict[str, Any]]:
     ]
 
 
-def _end_with_parent() -> None:
-    """Let no worker outlive a kernel that was killed: its end of the pipe alone would not wake it."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@cache
-def _pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that stay for the whole page: to start one costs two seconds."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
-
-
 def train_all(runs: Iterable[Run], workers: int = 2, device: str = "cpu") -> list[dict[str, Any]]:
     """The rows of all runs, in the order of the runs, trained in `workers` processes at once, one thread each."""
-    futures = [_pool(workers).submit(train, run, device) for run in runs]
-    try:
-        for future in tqdm(as_completed(futures), total=len(futures), file=sys.stdout, leave=False,
-                           disable="NSM_BOOK_RUN" in os.environ):  # fmt: skip
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-    return [row for future in futures for row in future.result()]
+    return [row for rows in run_all(partial(train, device=device), runs, workers) for row in rows]
 
 
 def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
