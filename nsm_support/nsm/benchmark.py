@@ -55,7 +55,7 @@ SETTINGS = {
     "recall": Setting("recall", steps=400, batch_size=32, width=48, sizes={"pairs": 4, "keys": 16, "values": 16},
                       held_out=500, nsm={"num_states": 16, "window": 4, "chunk": 2, "ffn_multiple": 2}),
     "parity": Setting("parity", steps=500, nsm=_MACHINE, **_WORDS),
-    "a5": Setting("a5", steps=1500, nsm=_MACHINE, **_WORDS),
+    "a5": Setting("a5", steps=2000, nsm=_MACHINE, **_WORDS),
     "text": Setting("text", steps=250, batch_size=16, width=64, sizes={"length": 128}, held_out=320,
                     nsm={"num_states": 16, "window": 16, "chunk": 16, "ffn_multiple": 2}),
     "s3": Setting("s3", steps=1500, nsm=_MACHINE, **_WORDS),
