@@ -212,6 +212,19 @@ def test_spread_out_finds_small_far_clusters():
         assert spread_out(points, 1, points[:1]).tolist() == [99]
 
 
+def test_no_more_codes_are_laid_than_there_are_places():
+    """Three clusters and eight dead codes: three are laid, and where all is stood for, none is."""
+    centres = 5 * draw(3, 6)
+    points = centres.repeat(20, 1) + 1e-3 * draw(60, 6, seed=1)
+    drawn = spread_out(points, 8, points[:0])
+    assert sorted((drawn % 3).tolist()) == [0, 1, 2]
+    assert len(spread_out(points, 8, centres)) == 0
+    module = bottleneck(codebook_size=8, lay_every=1)
+    before = module.codebook.clone()
+    module(points)
+    assert (module.codebook != before).any(1).sum() == 3
+
+
 def test_choose_is_topk():
     scores = draw(50, 9)
     assert torch.equal(choose(scores, 1), scores.topk(1).indices) and torch.equal(choose(scores, 3), scores.topk(3).indices)

@@ -227,6 +227,8 @@ def test_undefined_cells():
     assert compare(true, codes).equivalent, "strings that the true machine does not define are not asked"
     assert run(codes, torch.tensor([[1, 0, 1], [1, 1, 0]]))[0].tolist() == [[1, UNDEFINED, UNDEFINED], [1, 2, 2]]
     assert run(codes, torch.tensor([[1, 0, 1], [1, 1, 0]]))[1].tolist() == [[0, UNDEFINED, UNDEFINED], [0, 0, 0]]
+    ones = Automaton(1, torch.tensor([[0, 0], [0, UNDEFINED]]), torch.tensor([0, 1]))  # 1*, but it cannot read the 1
+    assert compare(ones, tomita(1)) == (False, 2, [1])
     # States that differ in nothing but an undefined cell are not merged.
     assert len(minimise(Automaton(0, torch.tensor([[1], [UNDEFINED]]), torch.tensor([0, 0]))).output) == 2
 

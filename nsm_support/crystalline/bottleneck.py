@@ -19,7 +19,8 @@ from .schedules import Schedule, check_schedule
 
 DECAY = 0.9  #: what a code keeps of itself in an update; the rest is the mean of the inputs nearest to it
 DEAD = 0.01  #: a code that is nearest less often than this share of the average is dead
-CANDIDATES = 8  #: points tried for each code that is laid
+FAR = 0.02  #: a code is laid only on an input whose distance 1 − cos to the nearest code is above this
+CANDIDATES = 8  #: inputs tried for each code that is laid
 LEARNED_RATE = 10.0  #: a learned temperature is exp(10 θ), since Adam moves any θ by about the learning rate a step
 
 
@@ -44,21 +45,22 @@ def choose(scores: Tensor, k: int) -> Tensor:
 
 
 def spread_out(points: Tensor, count: int, kept: Tensor) -> Tensor:
-    """Indices [count] of points [N, D] far from each other and from those `kept` [any, D], for codes to begin at.
+    """Indices [at most count] of points [N, D] far from each other and from those `kept` [any, D], for codes to begin at.
 
     Greedy k-means++ (Arthur and Vassilvitskii 2007) on the sphere, where half the squared distance is 1 − cos: candidates
-    are drawn in proportion to it, and the one that leaves the least of it stays. Draws from the global generator.
+    are drawn in proportion to it, and the one that leaves the least of it stays. It ends early when no point is `FAR` from
+    all codes: a code more would only share what another one stands for. Draws from the global generator.
     """
     points, kept = F.normalize(points, dim=-1), F.normalize(kept, dim=-1)
     distance = 1 - (points @ kept.T).amax(-1) if len(kept) else points.new_ones(len(points))  # (N): to the nearest
-    drawn = []
-    for _ in range(count):
-        tried = torch.multinomial(distance.clamp(min=1e-9), CANDIDATES, replacement=True)
+    drawn: list[Tensor] = []
+    while len(drawn) < count and (distance > FAR).any():
+        tried = torch.multinomial(distance.where(distance > FAR, 0), CANDIDATES, replacement=True)
         left = torch.minimum(distance, 1 - points[tried] @ points.T)  # (candidates, N)
         best = left.sum(-1).argmin()
         drawn.append(tried[best])
         distance = left[best]
-    return torch.stack(drawn)
+    return torch.stack(drawn) if drawn else torch.empty(0, dtype=torch.long, device=points.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +184,8 @@ class Bottleneck(nn.Module):
             dead = self.usage < DEAD * self.usage.mean()
             if self.passes == self.config.lay_every:
                 dead[:] = True
-            if dead.any():
-                self.codebook[dead] = x[spread_out(x, int(dead.sum()), self.codebook[~dead])]
+            places = spread_out(x, int(dead.sum()), self.codebook[~dead])
+            self.codebook[dead.nonzero()[: len(places), 0]] = x[places]
             self.usage.zero_()
 
     @torch.no_grad()

@@ -45,8 +45,8 @@ class RecurrentConfig:
     vocab_size: int  #: V
     output_dim: int  #: C
     num_codes: int = 16  #: K; more than the true machine has states
-    dim: int = 32  #: D of a code's vector
-    hidden: int = 64  #: H
+    dim: int = 64  #: D of a code's vector
+    hidden: int = 128  #: H
     scale_init: float = 5.0  #: s at the start, the sharpness of the choice; it is learned
 
     def __post_init__(self) -> None:

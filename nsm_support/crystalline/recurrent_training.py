@@ -35,7 +35,7 @@ class RecurrentTraining:
     batch_size: int = 32
     max_length: int = 20  #: tokens of the longest strings
     min_length: int = 2  #: tokens of the first strings
-    pace: float = 0.1  #: nats; an update with less loss than that makes a machine's next strings one token longer
+    pace: float = 0.15  #: share of ln C, the loss of a guess; less loss than that, and a machine's next strings grow by a token
     learning_rate: float = 0.01
     objective: Objective = "likelihood"
     revive_every: int = 5  #: updates from one revival to the next; 0 for none
@@ -104,6 +104,7 @@ def train(
     streams = [_batches(machine, generator, config) for generator in generators]
     length = torch.full((len(model),), config.min_length, device=device)
     usage = torch.zeros(len(model), model.config.num_codes, device=device)
+    enough = config.pace * math.log(machine.output_dim)
     revived, records = torch.zeros(len(model), dtype=torch.int64), []
     for step in range(config.steps + 1):
         longest = int(length.max())
@@ -125,7 +126,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, schedule)
         optimizer.step()
-        length = (length + (nats < config.pace)).clamp(max=config.max_length)
+        length = (length + (nats < enough)).clamp(max=config.max_length)
         if mass is not None and config.revive_every:
             usage += mass
             if (step + 1) % config.revive_every == 0:
