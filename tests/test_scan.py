@@ -8,7 +8,7 @@ import torch
 from nsm_support import scan
 from nsm_support.scan import selective_scan, selective_scan_reference, ssd_scan, ssd_scan_reference
 
-LENGTHS = (1, 2, 63, 64, 65, 200)
+LENGTHS = (1, 63, 64, 200)
 SIZES = ((1, 1, 1), (3, 5, 4), (2, 40, 16))  # batch, channels, N
 
 
@@ -68,6 +68,28 @@ def layout(request, monkeypatch):
 @pytest.mark.parametrize("size", SIZES)
 def test_selective_scan_is_its_definition(size, T, layout):
     assert_same(selective_scan, selective_scan_reference, selective_inputs(*size, T))
+
+
+SCANS = {
+    "Mamba": (selective_scan, selective_scan_reference, lambda T: selective_inputs(2, 5, 4, T, rate=2.0)),
+    "Mamba-2": (ssd_scan, ssd_scan_reference, lambda T: ssd_inputs(2, 4, 3, 5, T, groups=2, rate=2.0)),
+}
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_a_thousand_tokens(name):
+    """Double precision is the definition to rounding; single is within 1e-6 of its largest value, gradients within 1e-5."""
+    fast, slow, make = SCANS[name]
+    inputs = [x.float().double() for x in make(1_000)]  # the same numbers in both precisions
+    assert_same(fast, slow, inputs)
+    results = []
+    for function, dtype in ((fast, torch.float32), (slow, torch.float64)):
+        given = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        outputs = run(function, given)
+        pulls = [draw(*x.shape, seed=8 + i).float().to(dtype) for i, x in enumerate(outputs)]
+        results.append([*outputs, *torch.autograd.grad(outputs, given, pulls)])
+    for i, (got, wanted) in enumerate(zip(*results, strict=True)):
+        assert (got - wanted).abs().max() <= (1e-6 if i < 2 else 1e-5) * wanted.abs().max(), i
 
 
 @pytest.mark.parametrize("rate", [1e-6, 1e-2, 50.0, 5_000.0])

@@ -1,0 +1,146 @@
+"""Read checkpoints of the published BlockFFN family (0.1 B to 3 B parameters, Apache-2.0) into `BlockFFNModel`.
+
+A checkpoint is a folder: `config.json`, and weights in safetensors or in PyTorch's zip format, in one file or in parts
+with an index. Code that lies beside them is never run. What is read has to fit exactly; nothing is guessed.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..training import CheckpointError
+from .model import BlockFFNConfig, BlockFFNModel
+
+MODEL_TYPE = "minicpm"  #: of the published configs; the fields below tell a BlockFFN from others of that name
+# What the published configuration class takes where config.json is silent, and what this package can compute.
+DEFAULTS = {
+    "attention_type": "vanilla", "num_key_value_heads": None, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
+    "q_lora_rank": 768, "kv_lora_rank": 256, "ffn_type": "vanilla", "num_experts": 40, "expert_size": 128,
+    "norm_after_router": "sum", "norm_scale": 1.0, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "scale_emb": 1,
+    "scale_depth": 1, "dim_model_base": 1, "tie_word_embeddings": True, "hidden_act": "silu", "router_act": "relu",
+    "rope_scaling": None, "attention_bias": False, "pretraining_tp": 1,
+}  # fmt: skip
+ACCEPTED = {
+    "ffn_type": ("block", "block_linear"), "hidden_act": ("silu",), "router_act": ("relu",), "rope_scaling": (None,),
+    "attention_bias": (False,), "pretraining_tp": (1,),
+}  # fmt: skip
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_checkpoint(source: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> BlockFFNModel:
+    """The model of a checkpoint, in eval mode.
+
+    Args:
+        source: a folder; or a repository's name on the Hugging Face hub, "SparseLLM/BlockFFN-3B-SFT", which is fetched
+            through `huggingface_hub` (cached, and offline where its cache holds it).
+        dtype: of the weights in memory; they are mostly published in bfloat16.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or a file of it is missing.
+        CheckpointError: for another model type, or one that this package cannot compute; for names or shapes of
+            tensors that do not fit; for a file that is damaged or holds more than weights.
+    """
+    folder = _folder(source)
+    config = read_config(folder)
+    with torch.device("meta"):  # shapes without numbers: those come from the file
+        model = BlockFFNModel(config)
+    state = {name: tensor for part in _parts(folder) for name, tensor in _published(part)}
+    if config.tie_word_embeddings and (embedding := state.get("model.embed_tokens.weight")) is not None:
+        head = state.setdefault("lm_head.weight", embedding)  # stored twice, or once
+        if not torch.equal(head, embedding):
+            raise CheckpointError(f"{folder}: tie_word_embeddings is true, but lm_head and embed_tokens differ")
+    try:
+        model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {error}") from error
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # assigned apart, and one again
+    return model.eval()
+
+
+def read_config(folder: str | Path) -> BlockFFNConfig:
+    """The config of a checkpoint's folder. Raises as `load_checkpoint`."""
+    path = Path(folder) / "config.json"
+    given = json.loads(path.read_text(encoding="utf-8"))
+    if given.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(f"{path}: model_type is {given.get('model_type')!r}; {MODEL_TYPE!r} is accepted, with "
+                                 f"the fields of BlockFFN")  # fmt: skip
+    config = DEFAULTS | given
+    for name, accepted in ACCEPTED.items():
+        if config[name] not in accepted:
+            words = " or ".join(map(repr, accepted))
+            raise CheckpointError(f"{path}: {name} is {config[name]!r}; {words} is accepted")
+    config["ffn_type"] = "block"
+    try:
+        return BlockFFNConfig(**{field.name: config[field.name] for field in fields(BlockFFNConfig) if field.name in config})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load_tokenizer(source: str | Path):
+    """The `tokenizers.Tokenizer` of a checkpoint, from its tokenizer.json. Raises FileNotFoundError if it has none."""
+    from tokenizers import Tokenizer
+
+    path = _folder(source) / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; a checkpoint's tokenizer is read from tokenizer.json alone")
+    return Tokenizer.from_file(str(path))
+
+
+def _folder(source: str | Path) -> Path:
+    if (folder := Path(source)).is_dir():
+        return folder
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source} is no folder, nor the name of a repository ('owner/name')")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FileNotFoundError(f"{source} is no folder; to fetch it by name, install huggingface_hub") from error
+    patterns = ["config.json", "tokenizer.json", *WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS),
+                "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"]  # fmt: skip
+    return Path(snapshot_download(name, allow_patterns=patterns))
+
+
+def _parts(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each file of weights."""
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        elif (folder / name).exists():
+            files = [name]
+        else:
+            continue
+        for file in files:
+            yield _read(folder / file)
+        return
+    raise FileNotFoundError(f"{folder} holds neither {' nor '.join(WEIGHTS)}, nor an index of parts of one")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each format has its own kinds
+        raise CheckpointError(f"{path} is damaged, or holds more than weights (read with weights_only): {error}") from error
+
+
+def _published(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, those of `ffn_type` "block" brought into the shapes of "block_linear"."""
+    for name, tensor in state.items():
+        if name.endswith("mlp.up_proj") and tensor.dim() == 3:
+            tensor = tensor.flatten(0, 1)  # (E, F, D) → (E·F, D)
+        elif name.endswith("mlp.down_proj") and tensor.dim() == 3:
+            tensor = tensor.transpose(0, 1).flatten(1)  # (E, D, F) → (D, E·F)
+        yield name, tensor

@@ -1,0 +1,90 @@
+"""The files of the experiment, with the fields that its first notebook reads: each is written whole or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# The columns that a table has at least, in this order; what else the rows hold follows.
+ALPHA_SWEEP = ("alpha", "perplexity", "memory_gb", "tokens_per_second")
+LAYER_REPLACEMENT = ("layer", "perplexity", "delta", "pct_change")
+GATED_HYBRID = ("mode", "temperature", "threshold", "alpha", "perplexity", "delta", "pct_change")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
+    _write_whole(Path(path), json.dumps(content, ensure_ascii=False, allow_nan=False))
+
+
+def write_alpha_sweep(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write `alpha_sweep_results.csv`: alpha (Mamba's share, 0 … 1, "baseline" in the first row), perplexity, memory_gb,
+    tokens_per_second, and what else the rows hold.
+
+    Raises:
+        ValueError: for another first row, an alpha outside 0 … 1, or a row without one of the columns.
+    """
+    rows = list(rows)
+    first, *others = [row.get("alpha") for row in rows] or [None]
+    if first != "baseline" or not all(isinstance(alpha, int | float) and 0 <= alpha <= 1 for alpha in others):
+        raise ValueError(f"alpha is 'baseline' first and then lies in 0 … 1; got {[first, *others]}")
+    # Plain decimals: readers of the column, where a word stands too, take digits and one point for a number.
+    rows = [{**row, "alpha": f"{row['alpha']:.10f}".rstrip("0").rstrip(".") if row is not rows[0] else first} for row in rows]
+    _write_table(path, ALPHA_SWEEP, rows)
+
+
+def write_layer_replacement(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write `layer_replacement_results.csv`: layer (a number, or a word such as "all"), perplexity, delta, pct_change,
+    and what else the rows hold. Raises ValueError for a row without one of the columns.
+    """
+    _write_table(path, LAYER_REPLACEMENT, list(rows))
+
+
+def write_gated_hybrid(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write `gated_hybrid_results.csv`: mode, temperature, threshold, alpha (None where a mode has none), perplexity,
+    delta, pct_change, and what else the rows hold.
+
+    Raises:
+        ValueError: if a mode carries the word "routing" and does not begin with it: readers select true routing by that
+            word, so a control must not bear it. Or for a row without one of the columns.
+    """
+    rows = list(rows)
+    for row in rows:
+        mode = str(row.get("mode", "")).lower()
+        if "routing" in mode and not mode.startswith("routing"):
+            raise ValueError(f"mode {row['mode']!r} bears the word 'routing', which is kept for modes that begin with it")
+    _write_table(path, GATED_HYBRID, rows)
+
+
+def change(perplexity: float, baseline: float) -> dict[str, float]:
+    """A perplexity beside the baseline's: `perplexity`, `delta` (their difference) and `pct_change` (in percent of it)."""
+    delta = perplexity - baseline
+    return {"perplexity": perplexity, "delta": delta, "pct_change": 100 * delta / baseline}
+
+
+def _write_table(path: str | Path, columns: tuple[str, ...], rows: list[Mapping[str, Any]]) -> None:
+    import pandas
+
+    if not rows:
+        raise ValueError(f"{path}: no rows to write")
+    for number, row in enumerate(rows):
+        if missing := [column for column in columns if column not in row]:
+            raise ValueError(f"{path}: row {number} has no {', '.join(missing)}; it has {', '.join(row)}")
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{path}: {name} of row {number} is {value}; None stands for what does not exist")
+    others = dict.fromkeys(name for row in rows for name in row if name not in columns)  # of every row, in order
+    _write_whole(Path(path), pandas.DataFrame(rows, columns=[*columns, *others]).to_csv(index=False))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,214 @@
+"""A causal language model of BlockFFN layers, with the published names and arithmetic; or of dense layers, its twin.
+
+Letters: B batch, T tokens, D token width, E experts (blocks), F width of a block, L layers, V vocabulary.
+
+Song et al. 2025 (BlockFFN, arXiv:2507.08771) train their models in the frame of MiniCPM (Hu et al. 2024,
+arXiv:2404.06395, section 3.1): embeddings times `scale_emb`, each residual branch times `scale_depth`/√L, and the last
+hidden state divided by D/`dim_model_base`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention, LatentAttention
+from .ffn import BlockFFN
+from .objectives import chunk_sparsity_loss, locality_loss
+from .router import NORMS, Routed
+
+ATTENTIONS, FFNS = ("vanilla", "mla"), ("block", "dense")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockFFNConfig:
+    """Everything that makes a model and its loss, under the published names; raises ValueError for what does not fit."""
+
+    vocab_size: int  # V
+    hidden_size: int = 256  # D
+    num_hidden_layers: int = 4  # L
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None  # None: as many as heads
+    attention_type: str = "vanilla"  # or "mla", which takes the next four
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 32
+    q_lora_rank: int = 768
+    kv_lora_rank: int = 256
+    rope_theta: float = 10_000.0
+    ffn_type: str = "block"  # or "dense", which takes intermediate_size
+    num_experts: int = 32  # E
+    expert_size: int = 32  # F
+    norm_after_router: str = "rms"
+    norm_scale: float = 1.0
+    intermediate_size: int | None = None
+    rms_norm_eps: float = 1e-5
+    scale_emb: float = 12.0
+    scale_depth: float = 1.4
+    dim_model_base: int = 256
+    tie_word_embeddings: bool = False
+    locality_weight: float = 0.0  # of the two objectives in the loss; the paper's are 1e-3 … 2e-3
+    chunk_sparsity_weight: float = 0.0  # and 5e-2
+    sparsity_chunk: int = 64  # tokens of a chunk
+
+    def __post_init__(self):
+        for name, accepted in (("attention_type", ATTENTIONS), ("ffn_type", FFNS), ("norm_after_router", NORMS)):
+            if (value := getattr(self, name)) not in accepted:
+                raise ValueError(f"{name} is one of {', '.join(map(repr, accepted))}; got {value!r}")
+        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "dim_model_base"]
+        sizes += ["num_experts", "expert_size"] if self.ffn_type == "block" else ["intermediate_size"]
+        latent = ["qk_nope_head_dim", "qk_rope_head_dim", "q_lora_rank", "kv_lora_rank"]
+        sizes += latent if self.attention_type == "mla" else []
+        for name in sizes:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is a whole number from 1 up; got {value!r}")
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.key_value_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is a multiple of num_attention_heads ({self.num_attention_heads}), and "
+                f"that of num_key_value_heads ({self.key_value_heads})"
+            )
+        rotary = self.qk_rope_head_dim if self.attention_type == "mla" else self.hidden_size // self.num_attention_heads
+        if rotary % 2:
+            raise ValueError(f"a rotary head has an even width; got {rotary}")
+        if min(self.locality_weight, self.chunk_sparsity_weight) < 0:
+            raise ValueError(f"weights are at least 0; got {self.locality_weight!r} and {self.chunk_sparsity_weight!r}")
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+
+def dense_twin(config: BlockFFNConfig, active_experts: float) -> BlockFFNConfig:
+    """The dense model whose FFN has as many parameters as a token uses of the routed one.
+
+    These are the router's and its norm's, E·(D + 1), and 2·F·D of each active expert; a dense FFN has 2·D of each unit.
+
+    Args:
+        active_experts: mean number of experts that a token of the trained model uses: (1 − sparsity)·E.
+    """
+    active = config.num_experts * (config.hidden_size + 1) + 2 * active_experts * config.expert_size * config.hidden_size
+    plain = {"ffn_type": "dense", "locality_weight": 0.0, "chunk_sparsity_weight": 0.0}
+    return replace(config, intermediate_size=round(active / (2 * config.hidden_size)), **plain)
+
+
+class DenseFFN(nn.Module):
+    """y = W_down SiLU(W_up x): a BlockFFN of one block that every token uses."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(dim, width, bias=False), nn.Linear(width, dim, bias=False)
+        for layer in (self.up_proj, self.down_proj):  # as `BlockFFN` begins
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.up_proj(x)))
+
+    def forward_with_routing(self, x: Tensor) -> tuple[Tensor, None]:
+        return self(x), None
+
+
+class BlockFFNLayer(nn.Module):
+    """Attention, then the FFN, each with a norm before it and a residual around it."""
+
+    def __init__(self, config: BlockFFNConfig):
+        super().__init__()
+        D, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
+        if config.attention_type == "vanilla":
+            self.self_attn = Attention(D, heads, config.key_value_heads, config.rope_theta)
+        else:
+            widths = config.qk_nope_head_dim, config.qk_rope_head_dim, config.q_lora_rank, config.kv_lora_rank
+            self.self_attn = LatentAttention(D, heads, *widths, config.rope_theta)
+        if config.ffn_type == "block":
+            router = {"norm_after_router": config.norm_after_router, "norm_scale": config.norm_scale, "eps": eps}
+            self.mlp = BlockFFN(D, config.num_experts, config.expert_size, **router)
+        else:
+            self.mlp = DenseFFN(D, config.intermediate_size)
+        self.scale = config.scale_depth / config.num_hidden_layers**0.5
+
+    def forward(self, x: Tensor, previous: Routed | None = None) -> tuple[Tensor, Routed | None]:
+        """Tokens [B,T,D] → [B,T,D], and how this layer's FFN routed them (None if it is dense).
+
+        `previous` is how the layer before routed the same tokens: nothing here, but a `GatedHybridLayer` in the place of
+        this layer may gate by it.
+        """
+        return self.finish(x, self.self_attn(self.input_layernorm(x)))
+
+    def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Routed | None]:
+        """What follows the mixing of tokens: the residual around it, and the FFN with its own."""
+        x = x + self.scale * mixed
+        y, routed = self.mlp.forward_with_routing(self.post_attention_layernorm(x))
+        return x + self.scale * y, routed
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and norm: what the checkpoints call `model`."""
+
+    def __init__(self, config: BlockFFNConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embed_tokens.weight, std=1 / config.scale_emb)  # unit spread where the layers begin
+        self.layers = nn.ModuleList(BlockFFNLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class BlockFFNModel(nn.Module):
+    """A causal language model: token numbers [B,T] → logits [B,T,V] of the next ones."""
+
+    def __init__(self, config: BlockFFNConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        else:
+            nn.init.normal_(self.lm_head.weight, std=0.02)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The L layers; a `GatedHybridLayer` may stand in the place of some."""
+        return self.model.layers
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.forward_with_routing(tokens)[0]
+
+    def forward_with_routing(self, tokens: Tensor) -> tuple[Tensor, list[Routed | None]]:
+        """`forward`, and how each layer routed the tokens, scores and logits [B,T,E] (None where a layer is dense).
+
+        Raises ValueError for tokens that are not [B,T], or none.
+        """
+        if tokens.dim() != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens have shape [B, T], at least one; got {list(tokens.shape)}")
+        x = self.model.embed_tokens(tokens) * self.config.scale_emb  # (B, T, D)
+        routing, routed = [], None
+        for layer in self.layers:
+            x, routed = layer(x, routed)
+            routing.append(routed)
+        x = self.model.norm(x) / (self.config.hidden_size / self.config.dim_model_base)
+        return self.lm_head(x), routing
+
+
+class Losses(NamedTuple):
+    """What training minimises: total = cross_entropy + the objectives of routing (means over layers) by their weights."""
+
+    total: Tensor
+    cross_entropy: Tensor  # nats a token
+    locality: Tensor
+    chunk_sparsity: Tensor
+
+
+def losses(model: BlockFFNModel, batch: tuple[Tensor, Tensor]) -> Losses:
+    """The loss of inputs and targets [B,T], and its parts; `losses(model, batch).total` is a `training.fit` loss."""
+    inputs, targets = batch
+    config = model.config
+    logits, routing = model.forward_with_routing(inputs)
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    locality = chunk_sparsity = cross_entropy.new_zeros(())
+    if config.ffn_type == "block" and config.locality_weight:
+        locality = sum(locality_loss(routed) for routed in routing) / len(routing)
+    if config.ffn_type == "block" and config.chunk_sparsity_weight:
+        chunk_sparsity = sum(chunk_sparsity_loss(routed, config.sparsity_chunk) for routed in routing) / len(routing)
+    total = cross_entropy + config.locality_weight * locality + config.chunk_sparsity_weight * chunk_sparsity
+    return Losses(total, cross_entropy, locality, chunk_sparsity)
