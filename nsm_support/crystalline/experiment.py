@@ -83,8 +83,9 @@ def train(run: Run) -> dict[str, Any]:
         model: its state_dict, on the CPU.
     """
     machine = make_machine(run.machine) if isinstance(run.machine, str) else FiniteStateMachine(run.machine)
-    torch.manual_seed(run.seed)
-    model = CrystallineTransformer(run.model).to(run.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        model = CrystallineTransformer(run.model).to(run.device)
     splits = {part: held_out(machine, part, run.held_out, run.length) for part in ("validation", "test")}
     counts: dict[str, dict[str, list[Tensor]]] = {"states": {}, "after": {}}
 
