@@ -6,6 +6,7 @@ process with torch's threads may hang) and stay for the whole page, since one ta
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -18,7 +19,10 @@ from tqdm import tqdm
 
 
 def _end_with_parent() -> None:
-    """Let no worker outlive a kernel that was killed: its end of the pipe alone would not wake it."""
+    """Let no worker outlive a kernel that was killed: its end of the pipe alone would not wake it. And let an interrupt,
+    which reaches the kernel's workers too, end them without a traceback each.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -52,7 +56,8 @@ def run_all(function: Callable[[Any], Any], runs: Iterable[Any], workers: int = 
         for future in tqdm(as_completed(futures), total=len(futures), file=sys.stdout, leave=False,
                            disable="NSM_BOOK_RUN" in os.environ):  # fmt: skip
             future.result()
-    finally:
-        for future in futures:
-            future.cancel()
+    except BaseException:  # an interrupt may have ended workers: the next call gets new ones
+        _pool(workers).shutdown(wait=False, cancel_futures=True)
+        _pool.cache_clear()
+        raise
     return [future.result() for future in futures]

@@ -41,9 +41,10 @@ def everything(logits, infos):
 
 
 @pytest.mark.parametrize("bypass", [True, False])
-@pytest.mark.parametrize("k", [1, 3])
-def test_no_leak_from_the_future(bypass, k):
-    model, before = build(bypass=bypass, bottleneck={"codebook_size": 6, "num_codes_k": k}).eval(), tokens(T=33)
+@pytest.mark.parametrize(("k", "positions"), [(1, "rotary"), (3, "rotary"), (3, "learned")])
+def test_no_leak_from_the_future(bypass, k, positions):
+    model = build(bypass=bypass, positions=positions, bottleneck={"codebook_size": 6, "num_codes_k": k}).eval()
+    before = tokens(T=33)
     old = everything(*model(before))
     for t in (0, 7, 32):
         after = before.clone()
@@ -51,6 +52,28 @@ def test_no_leak_from_the_future(bypass, k):
         new = everything(*model(after))
         assert all(torch.equal(a[:, :t], b[:, :t]) for a, b in zip(old, new, strict=True))
         assert not torch.equal(old[1][:, t:], new[1][:, t:])  # the soft codes of the first bottleneck
+
+
+def test_learned_positions_are_vectors_added_to_the_tokens():
+    model = build(positions="learned").eval()
+    row = tokens(B=1, T=20)
+    places = model.places.detach().clone()
+    assert places.shape == (40, 16) and not torch.equal(model(row[:, 1:])[0], model(row)[0][:, 1:])
+    same = row[:, :1].expand(1, 20)  # one token at all places: only the places differ
+    with torch.no_grad():
+        model.places.zero_()
+        expected = model(same)[0]
+        assert torch.allclose(expected, expected[:, :1].expand_as(expected))
+        model.embedding.weight += places[3]
+        shifted = model(same)[0]
+        model.embedding.weight -= places[3]
+        model.places.copy_(places[3].expand(40, -1))
+        torch.testing.assert_close(model(same)[0], shifted)
+
+
+def test_positions_of_another_name_are_refused():
+    with pytest.raises(ValueError, match=r"'sine'.*'rotary' or 'learned'"):
+        build(positions="sine")
 
 
 def test_positions_are_distances():

@@ -30,6 +30,25 @@ def test_the_first_error_ends_the_call_and_the_pool_lives_on():
     assert run_all(math.factorial, [3]) == [6]
 
 
+def test_an_interrupt_ends_workers_without_a_word_and_the_next_call_gets_new_ones():
+    code = """
+import math, time
+from nsm_support.workers import run_all
+run_all(math.factorial, [1, 2])
+print("up", flush=True)
+try:
+    run_all(time.sleep, [60, 60])
+except KeyboardInterrupt:
+    print(run_all(math.factorial, [3]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, env={**os.environ, "NSM_BOOK_RUN": "1"})  # fmt: skip
+    assert process.stdout.readline() == "up\n"
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60) == ("[6]\n", "")
+
+
 def test_workers_do_not_outlive_a_process_that_was_killed():
     code = ("import os, time; from nsm_support import workers; pool = workers._pool(2);"
             "print(*{pool.submit(os.getpid).result() for _ in range(2)}, flush=True); time.sleep(60)")  # fmt: skip

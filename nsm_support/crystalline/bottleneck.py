@@ -9,6 +9,8 @@ has learned something (Łańcucki et al. 2020, arXiv:2005.08520, section III).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -195,3 +197,19 @@ class Bottleneck(nn.Module):
         means = torch.zeros_like(self.codebook).index_add_(0, nearest, x) / counts.clamp(min=1)[:, None]
         self.codebook.lerp_(means, (1 - DECAY) * (counts > 0).to(x.dtype)[:, None])
         self.usage += counts
+
+
+@contextmanager
+def written(bottleneck: Bottleneck, codes: Tensor) -> Iterator[None]:
+    """Inside, a bottleneck hands on codes [B, T] in place of its own, where they are not −1."""
+
+    def overwrite(module: Bottleneck, arguments, told):
+        output, info = told
+        chosen = codes.to(output.device)[..., None]
+        return torch.where(chosen >= 0, module.codebook[chosen[..., 0].clamp(min=0)], output), info
+
+    hook = bottleneck.register_forward_hook(overwrite)
+    try:
+        yield
+    finally:
+        hook.remove()

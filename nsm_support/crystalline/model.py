@@ -1,12 +1,14 @@
 """A causal transformer whose attention and MLP outputs pass a discrete bottleneck.
 
-Letters: B batch, T tokens, D width, H heads, V vocabulary, K codes. Pre-norm blocks, rotary positions, and an embedding
-that is not tied to the head.
+Letters: B batch, T tokens, D width, H heads, V vocabulary, K codes. Pre-norm blocks, positions that are rotary or learned,
+and an embedding that is not tied to the head.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +16,9 @@ from nsm_support.rotary import rotate
 
 from .bottleneck import Bottleneck, BottleneckConfig
 from .schedules import temperature_at
+
+Positions = Literal["rotary", "learned"]
+POSITIONS = get_args(Positions)
 
 Info = dict[str, dict[str, Tensor]]
 """What the two bottlenecks of a block did: "attn" and "mlp", each as `Bottleneck.forward` tells it."""
@@ -31,6 +36,7 @@ class ModelConfig:
     dropout: float = 0.0  #: of attention and MLP outputs, before the bottleneck
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
     bypass: bool = True  #: whether a residual connection leads around each bottleneck
+    positions: Positions = "rotary"  #: distances inside attention, or a vector added for each place
     embedding_std: float = 1.0  #: of the token vectors at the start: the smaller, the sooner tokens of one use come together
 
     def __post_init__(self) -> None:
@@ -39,6 +45,8 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig: {name} = {getattr(self, name)!r}; at least 1 is accepted")
         if self.dim % (2 * self.n_heads):
             raise ValueError(f"ModelConfig: dim = {self.dim}, n_heads = {self.n_heads}; a multiple of 2 n_heads is accepted")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"ModelConfig: positions = {self.positions!r}; {' or '.join(map(repr, POSITIONS))} is accepted")
         if not 0 <= self.dropout < 1 or not self.embedding_std > 0:
             raise ValueError(f"ModelConfig: dropout = {self.dropout!r}, embedding_std = {self.embedding_std!r}; 0 to below 1, "
                              f"and above 0, are accepted")  # fmt: skip
@@ -50,7 +58,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D = config.dim
-        self.n_heads, self.bypass = config.n_heads, config.bypass
+        self.n_heads, self.bypass, self.positions = config.n_heads, config.bypass, config.positions
         self.attn_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D)
         self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
@@ -71,8 +79,10 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.attn_norm(x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D/H)
-        q, k = rotate(qkv[:2])
-        mixed = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
+        q, k, v = qkv
+        if self.positions == "rotary":
+            q, k = rotate(qkv[:2])
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -80,13 +90,15 @@ class Block(nn.Module):
 
 
 class CrystallineTransformer(nn.Module):
-    """Predicts a class at every token from the tokens so far. Has no position of a token but its distance from others."""
+    """Predicts a class at every token from the tokens so far."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
+        if config.positions == "learned":
+            self.places = nn.Parameter(torch.empty(config.max_seq_len, config.dim).normal_(std=config.embedding_std))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, config.vocab_size)
 
@@ -100,6 +112,8 @@ class CrystallineTransformer(nn.Module):
             raise ValueError(f"CrystallineTransformer: tokens {list(tokens.shape)}; [B, T] of at most T = "
                              f"{self.config.max_seq_len} (max_seq_len) are accepted")  # fmt: skip
         x, infos = self.embedding(tokens), []
+        if self.config.positions == "learned":
+            x = x + self.places[: tokens.shape[1]]
         for block in self.blocks:
             x, info = block(x)
             infos.append(info)
