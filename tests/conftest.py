@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Path(__file__).parent / "small_book"
-COPIED = ("nsm_support", "Snakefile", "_config.yml", "requirements.txt", "constraints.txt")
+COPIED = ("nsm_support", "profiles", "Snakefile", "_config.yml", "requirements.txt", "constraints.txt")
 
 
 class Checkout:

@@ -212,6 +212,15 @@ def test_spread_out_finds_small_far_clusters():
         assert spread_out(points, 1, points[:1]).tolist() == [99]
 
 
+def test_spread_out_takes_the_candidate_that_leaves_least():
+    """The first candidate drawn is as good as any by its distance; the one that covers a crowd is better than a stray."""
+    crowd, stray = draw(1, 6), draw(1, 6, seed=2)
+    points = torch.cat([crowd + 1e-3 * draw(80, 6, seed=1), stray + 1e-3 * draw(20, 6, seed=3)])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert spread_out(points, 1, points[:0]).item() < 80
+
+
 def test_no_more_codes_are_laid_than_there_are_places():
     """Three clusters and eight dead codes: three are laid, and where all is stood for, none is."""
     centres = 5 * draw(3, 6)

@@ -1,15 +1,24 @@
 """A training of the crystallization pages: what it returns is what its own model gives, and every repeat gives it again."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nsm_support.crystalline import BottleneckConfig, CrystallineTransformer, FiniteStateMachine, FSMConfig, ModelConfig
+from nsm_support.crystalline import (
+    BottleneckConfig,
+    CrystallineTransformer,
+    FiniteStateMachine,
+    FSMConfig,
+    ModelConfig,
+    experiment,
+)
 from nsm_support.crystalline.alignment import contingency, held_out_alignment
 from nsm_support.crystalline.automata import make_machine
 from nsm_support.crystalline.experiment import Run, draw, held_out, total_loss, train
+from nsm_support.training import fit
 
 SIZES = FSMConfig(num_states=4, tokens_per_state=2, vocab_size=8, seed=3)
 MODEL = ModelConfig(vocab_size=8, dim=16, n_layers=2, n_heads=2, max_seq_len=12,
@@ -70,6 +79,30 @@ def test_what_is_reported_is_what_the_returned_model_does(result):
             block, part = int(name.split(",")[0][-1]), name.split(", ")[1]
             codes = chosen[block][part]["hard_codes"]
             assert tables.shape == (5, 6, 4) and torch.equal(tables[-1], contingency(codes, getattr(validation, kind), 4))
+
+
+def test_the_bottleneck_is_chosen_by_what_the_run_says():
+    torch.manual_seed(8)  # a start where the two measures choose differently
+    model, machine = CrystallineTransformer(MODEL).eval(), FiniteStateMachine(SIZES)
+    parts = [held_out(machine, part, 30, 12) for part in ("validation", "test")]
+    with torch.no_grad():
+        infos = [model(part.tokens)[1] for part in parts]
+    names = []
+    for measure in ("purity", "ami"):
+        expected = held_out_alignment(*zip(infos, (part.after for part in parts), strict=True), 4, measure=measure,
+                                      permutations=1)  # fmt: skip
+        result = train(replace(RUN, seed=8, steps=1, choose_by=measure))
+        assert result["untrained"]["after"].name == expected.name
+        names.append(expected.name)
+    assert names == ["block 1, mlp", "block 0, mlp"]
+
+
+def test_batches_are_drawn_by_the_seed(monkeypatch):
+    given = []
+    monkeypatch.setattr(experiment, "fit", lambda model, sample, loss, config, **rest: given.append(config) or fit(
+        model, sample, loss, config, **rest))  # fmt: skip
+    train(replace(RUN, steps=1, seed=9))
+    assert given[0].seed == 9 and given[0].steps == 1 and given[0].batch_size == 8
 
 
 def test_the_untrained_network_is_the_one_that_the_seed_begins_with(result):

@@ -71,6 +71,42 @@ def test_learned_positions_are_vectors_added_to_the_tokens():
         torch.testing.assert_close(model(same)[0], shifted)
 
 
+def test_learned_positions_stand_alone_and_begin_at_the_first_place():
+    model, row = build(positions="learned").eval(), tokens(B=2, T=9)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda block, arguments: seen.append(arguments[0]))
+    model(row)
+    assert torch.equal(seen[0], model.embedding(row) + model.places[:9])
+    with torch.no_grad():
+        model.places.zero_()
+    turned = row[:, [3, 1, 0, 2, 4, 5, 6, 7, 8]]  # without places, attention does not know the order of what lies before
+    assert not torch.equal(row, turned)
+    torch.testing.assert_close(model.blocks[0]._attention(model.embedding(turned))[:, 4:],
+                               model.blocks[0]._attention(model.embedding(row))[:, 4:])  # fmt: skip
+
+
+@pytest.mark.parametrize("bypass", [True, False])
+def test_bottlenecks_get_what_the_block_says(bypass):
+    """x + Q(f(x)), or Q(x + f(x)): attention first, then the MLP, each under its own name."""
+    model, row = build(bypass=bypass).eval(), tokens()
+    block, x = model.blocks[0], model.embedding(row)
+    out, info = block(x)
+    change = block._attention(x)
+    torch.testing.assert_close(info["attn"]["input"], change if bypass else x + change)
+    between = (x if bypass else 0) + info["attn"]["output"]
+    change = block._mlp(between)
+    torch.testing.assert_close(info["mlp"]["input"], change if bypass else between + change)
+    torch.testing.assert_close(out, (between if bypass else 0) + info["mlp"]["output"])
+
+
+def test_dropout_falls_on_what_enters_the_bottlenecks():
+    model = build(dropout=0.5)
+    info = model(tokens())[1][0]
+    for part in ("attn", "mlp"):
+        assert 0.3 < (info[part]["input"] == 0).double().mean() < 0.7
+    assert not (model.eval()(tokens())[1][0]["attn"]["input"] == 0).any()
+
+
 def test_positions_of_another_name_are_refused():
     with pytest.raises(ValueError, match=r"'sine'.*'rotary' or 'learned'"):
         build(positions="sine")

@@ -84,6 +84,13 @@ def test_writing_a_nodes_own_code_changes_nothing_and_another_one_does():
     assert not torch.allclose(after_writing(model, place, MACHINE, (own + 1) % 20), untouched, rtol=0.01)
 
 
+def test_a_model_in_training_is_asked_without_noise_and_stays_in_training():
+    model = fresh()
+    place = model.blocks[0].mlp_bottleneck
+    expected = after_writing(model, place, MACHINE, None)
+    assert torch.equal(after_writing(model.train(), place, MACHINE, None), expected) and model.training
+
+
 @pytest.mark.parametrize("codes", [torch.zeros(99, dtype=torch.long), torch.full((100,), 20), torch.full((100,), -1)])
 def test_codes_that_there_are_not_are_refused(codes):
     model = fresh()

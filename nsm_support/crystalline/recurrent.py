@@ -215,8 +215,8 @@ class CrystallineRecurrent(nn.Module):
         self._start(tokens)
         E, B, _ = tokens.shape
         state = self.codebook[:, START : START + 1].expand(E, B, -1)
-        machine, states = torch.arange(E, device=tokens.device)[:, None], [state]
-        for token in tokens.unbind(2):
-            state = F.normalize(self.proposal(state, self.token[machine, token]), dim=-1) * self.config.dim**0.5
+        states = [state]  # below, a product with one-hot tokens: its gradient is faster than that of a choice
+        for token in F.one_hot(tokens, self.config.vocab_size).to(state).unbind(2):
+            state = F.normalize(self.proposal(state, torch.bmm(token, self.token)), dim=-1) * self.config.dim**0.5
             states.append(state)
         return torch.stack(states, 2)

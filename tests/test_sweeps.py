@@ -1,0 +1,380 @@
+"""Sweeps on a small book of its own: tables checked before a kernel starts, real runs, real kills, one table in the end."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+
+from nsm_support.book import BookError, build, pages, sweep, table
+from nsm_support.book.pages import Page
+from tests.conftest import ROOT, SMALL, Checkout
+
+kernel = pytest.mark.kernel
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The small book in place of the real one, in this process; returns a function that writes a table and reads it."""
+    shutil.copytree(SMALL / "book", tmp_path / "book")
+    (tmp_path / "book/sweeps").mkdir()
+    for module in (pages, table):
+        monkeypatch.setattr(module, "BOOK", tmp_path / "book")
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    pages.pages.cache_clear()
+
+    def read(name: str, text: str | bytes) -> table.Sweep:
+        (tmp_path / "book/sweeps" / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        return table.read_sweep(Path(name).stem)
+
+    yield read
+    pages.pages.cache_clear()
+
+
+FIRST = "page: group/first\n"
+REFUSED = [
+    ("x.csv", "page,count\ngroup/first,three\n",
+     "x.csv: line 2: group/first: parameter count is int (default 50), got 'three': Input should be a valid integer"),
+    ("x.csv", "page,count\ngroup/first,3.5\n", "got 3.5"),
+    ("x.csv", "page,count\ngroup/first,\n", "got ''"),
+    ("x.csv", "page,scale\ngroup/first,nan\n", "parameter scale is float (default 1.0), got 'nan'"),
+    ("x.csv", "page,scale\ngroup/first,1e999\n", "got inf: Input should be a finite number"),
+    ("x.csv", "page,count\ngroup/first," + "9" * 6000 + "\n", "(6002 characters)"),
+    ("x.csv", "page,cuont\ngroup/first,3\n", "unknown parameter 'cuont'; nearest: count; accepted: count, scale, kind, names"),
+    ("x.csv", "page,count,count\ngroup/first,3,4\n", "column 'count' stands there 2 times"),
+    ("x.csv", "count\n3\n", "needs a column `page`, has ['count']"),
+    ("x.csv", "page,count\ngroup/first,3\ngroup/first,4,5\n", "line 3: 3 cells for the 2 columns ['page', 'count']"),
+    ("x.csv", "page,count\ngroup/first,3\n\ngroup/first,3\n", "line 4: the same run as line 2: count=3"),
+    ("x.csv", "page,scale\ngroup/first,1\ngroup/first,1.0\n", "line 3: the same run as line 2: scale=1.0"),
+    ("x.csv", "page,count\ngroup/first,3\ngroup/second,4\n", "line 3: another page than on the first line, 'group/first'"),
+    ("x.csv", "page,profile,count\ngroup/first,fast,3\n", "unknown profile 'fast'; accepted: quick, full"),
+    ("x.csv", "page,count\ngroup/frist,3\n", "unknown page 'group/frist'; nearest: group/first"),
+    ("x.csv", "page,count\n../../etc/passwd,3\n", "unknown page '../../etc/passwd'"),
+    ("x.csv", 'page,kind\ngroup/first,"up\n', "unexpected end of data"),
+    ("x.csv", "page,count\n", "unknown page ''"),
+    ("x.csv", "", "needs a column `page`, has []"),
+    ("x.csv", "page,names\ngroup/first,\"['a', __import__('os')]\"\n", "parameter names is list[str]"),
+    ("x.csv", "page,kind\ngroup/first,ü\n".encode("latin-1"), "x.csv: byte 22: accepts UTF-8 only"),
+    ("x.csv", "page,count\ngroup/first,3\n".encode("utf-16"), "x.csv: byte 0: accepts UTF-8 only"),
+    ("x.yml", "", "accepts the keys page, profile, rows, grid, seeds; got None"),
+    ("x.yml", "grid: {count: [1]}\n", "needs `page: NAME`, has None"),
+    ("x.yml", FIRST + "gird: {count: [1]}\n", "unknown key 'gird'; nearest: grid"),
+    ("x.yml", FIRST + "page: group/second\n", "line 2: key 'page': accepts each name once"),
+    ("x.yml", FIRST + "grid: {count: [1], count: [2]}\n", "line 2: key 'count': accepts each name once"),
+    ("x.yml", FIRST + "grid: {count: 1}\n", "grid: count: accepts a list that is not empty, got 1"),
+    ("x.yml", FIRST + "grid: {count: []}\n", "grid: count: accepts a list that is not empty, got []"),
+    ("x.yml", FIRST + "grid: {scale: [1, .nan]}\n", "grid: group/first: parameter scale is float (default 1.0), got nan"),
+    ("x.yml", FIRST + "grid: {count: [1, 1]}\n", "the same run as grid: count=1"),
+    ("x.yml", FIRST + "grid: {1: [1]}\n", "unknown parameter 1; accepted: count"),
+    ("x.yml", FIRST + "rows: [{count: 1}, {scale: 1.0}]\n", "row 2: has scale, and row 1 has count"),
+    ("x.yml", FIRST + "rows: [{count: 1}, 2]\n", "row 2: accepts `{parameter: value}`, got 2"),
+    ("x.yml", FIRST + "rows: [{count: 1}]\ngrid: {count: [2]}\n", "parameter 'count' stands there 2 times"),
+    ("x.yml", FIRST + "grid: {seed: [1]}\nseeds: [2]\n", "parameter 'seed' stands there 2 times"),
+    ("x.yml", "page: group/second\nseeds: [1]\n", "seeds: group/second has neither a parameter `seed` nor `seeds`"),
+    ("x.yml", FIRST + "rows: [{count: 2020-01-01}]\n", "got datetime.date(2020, 1, 1)"),
+    ("x.yml", FIRST + "rows: [{count: 2020-13-01}]\n", "is no YAML: month must be in 1..12"),
+    ("x.yml", FIRST + "rows: [{count: 1}\n", "line 3: expected ',' or ']'"),
+    ("x.yml", FIRST + "rows: &a [*a]\n", "line 2: a table has no aliases"),
+    ("x.yml", FIRST + "rows: !!python/object/apply:os.system [touch hit]\n", "line 2: could not determine a constructor"),
+    ("x.yml", FIRST + "rows: " + "[" * 3000, "is no YAML: maximum recursion depth"),
+    ("x.yml", FIRST + "grid: {count: %s, seed: %s}\n" % ((list(range(400)),) * 2), "160000 runs; accepts 100000 at most"),
+    ("a b.yml", FIRST, "'a b.yml': a sweep's name accepts letters, digits, - and _"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "told"), REFUSED, ids=range(len(REFUSED)))
+def test_a_wrong_table_is_refused_in_one_line(small, name, text, told):
+    with pytest.raises(BookError) as error:
+        small(name, text)
+    message = str(error.value)
+    assert told in message and "\n" not in message and message.startswith("book/sweeps") and len(message) < 600
+
+
+def test_a_table_is_rows_by_grid_by_seeds(small):
+    found = small("x.yml", FIRST + "profile: quick\nrows: [{kind: up}, {kind: down}]\ngrid: {scale: [1, 2.5]}\nseeds: [7, 8]\n")
+    given = [run.parameters for run in found.runs.values()]
+    assert len(given) == 8 and found.page.name == "group/first" and found.profile == "quick"
+    assert given[3] == {"count": 5, "kind": "up", "scale": 2.5, "seed": 8}  # the quick profile's count with it
+    assert next(iter(found.runs.values())).label == "kind='up', scale=1.0, seed=7"
+
+
+def test_a_csv_holds_any_text_as_text(small):
+    found = small("x.csv", '\ufeffpage,names,count\r\ngroup/first,"[""a\'b"", ""$(x)\\n<b>""]",3\r\n')
+    (run,) = found.runs.values()
+    assert run.parameters == {"names": ["a'b", "$(x)\n<b>"], "count": 3}
+
+
+def test_a_runs_id_is_its_page_profile_and_parameters(small):
+    one = small("x.csv", "page,count,scale\ngroup/first,3,1\n")
+    same = small("y.yml", FIRST + "rows: [{scale: 1.0, count: 3}]\n")
+    quick = small("z.yml", FIRST + "profile: quick\nrows: [{scale: 1.0, count: 3}]\n")
+    assert list(one.runs) == list(same.runs) != list(quick.runs)
+
+
+def test_two_tables_of_one_name_and_a_missing_one_are_refused(small):
+    small("x.csv", "page,count\ngroup/first,3\n")
+    with pytest.raises(BookError, match=r"x\.yml and x\.csv have one name"):
+        small("x.yml", FIRST)
+    with pytest.raises(BookError, match=r"book/sweeps: .*have one name"):
+        table.read_sweep("../x")
+
+
+def test_a_hundred_thousand_runs_are_checked_in_seconds(small):
+    began = time.perf_counter()
+    text = "page,count,seed\n" + "".join(f"group/first,3,{seed}\n" for seed in range(100_000))
+    assert len(small("x.csv", text).runs) == 100_000
+    with pytest.raises(BookError, match="100001 runs; accepts 100000 at most"):
+        small("y.csv", text + "group/first,4,0\n")
+    assert time.perf_counter() - began < 60
+
+
+def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(table, "BUILD", tmp_path)
+    monkeypatch.setattr(sweep, "BUILD", tmp_path)
+    found = small("x.yml", FIRST + f"seeds: {list(range(200))}\n")
+
+    def sizes(seconds: float, jobs: int) -> list[int]:
+        sweep.write_plan(found, list(found.runs.values()), seconds, jobs)
+        steps = sweep.read_plan("x")["steps"].values()
+        assert [run["id"] for step in steps for run in step] == list(found.runs)
+        return [len(step) for step in steps]
+
+    assert sizes(1.0, 2) == [12] * 16 + [8]
+    assert sizes(20.0, 2) == [3] * 66 + [2]
+    assert sizes(300.0, 2) == sizes(1.0, 50) == [1] * 200
+
+
+def test_the_time_left_learns_from_the_runs_that_ended(monkeypatch):
+    entry = Page(name="a", budget={"quick": 1, "full": 1}, memory=1)
+    monkeypatch.setattr(build, "pages", lambda: {"a": entry})
+    expected = {"a 1": 100.0, "a 2": 100.0, "a 3": 100.0, "a 4": 100.0}
+    assert build.seconds_left(expected, {}, 2) == (0.0, 200.0)
+    ended = {"a 1": {"state": "done", "seconds": 4.0}, "a 2": {"state": "failed", "seconds": 0.0}}
+    assert build.seconds_left(expected, ended, 2) == (0.5, 4.0)
+    running = ended | {"a 3": {"state": "running", "at": time.time() - 1}}
+    share, left = build.seconds_left(expected, running, 2)
+    assert share == pytest.approx(9 / 16, abs=0.01) and left == pytest.approx(3.5, abs=0.1)
+
+
+def test_pages_that_a_page_needs_are_found_through_others(monkeypatch):
+    def made(name, needs=(), makes=()):
+        return Page(name=name, budget={}, memory=1, needs=needs, makes=makes)
+
+    chain = [made("a", makes=("x",)), made("b", ("x",), ("y",)), made("c", ("y", "x")), made("d", makes=("z",))]
+    monkeypatch.setattr(sweep, "pages", lambda: {page.name: page for page in chain})
+    assert [page.name for page in sweep.makers(chain[2])] == ["a", "b"] and sweep.makers(chain[0]) == []
+
+
+def test_a_column_holds_one_kind_of_value():
+    assert sweep._column([1, 2.5, None]) == [1.0, 2.5, None] and sweep._column([1, "a", None]) == ["1", "a", None]
+    assert sweep._column([1, None]) == [1, None] and sweep._column([[1], [2]]) == [[1], [2]]
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A small book with room for sweeps; nothing of it has run yet."""
+    checkout = Checkout(tmp_path / "book of runs")  # a space, as in many a person's folder
+    (checkout.folder / "book/sweeps").mkdir()
+    return checkout
+
+
+def write(checkout, name: str, text: str) -> None:
+    (checkout.folder / "book/sweeps" / name).write_text(text)
+
+
+def notebooks(checkout, name: str) -> dict[str, bytes]:
+    """Every run of a sweep that is there, whole or not."""
+    return {path.parent.name: path.read_bytes() for path in (checkout.folder / "_build/sweeps" / name).glob("*/run.ipynb")}
+
+
+def read_table(checkout, name: str) -> pandas.DataFrame:
+    return pandas.read_parquet(checkout.folder / f"_build/sweeps/{name}.parquet")
+
+
+@kernel
+def test_nothing_starts_for_a_table_that_is_refused(book):
+    write(book, "x.csv", "page,count\ngroup/first,3\ngroup/first,3.5\n")
+    code, output = book.book("sweep", "x")
+    assert code == 1 and output.startswith("nsm-book: book/sweeps/x.csv: line 3: ") and output.count("\n") == 1
+    assert not (book.folder / "_build").exists()
+
+
+@kernel
+def test_a_sweep_equals_single_runs_and_later_rows_run_alone(book, tmp_path):
+    write(book, "x.yml", "page: group/first\nprofile: quick\ngrid: {count: [3, 4], scale: [1, -2.5]}\n")
+    code, output = book.book("sweep", "x", "--jobs", "2")
+    assert code == 0 and "4 of 4 runs to do, 2 side by side" in output and "[4/4] count=" in output, output
+    assert "sweep x: 4 runs, all done" in output
+    first, found = notebooks(book, "x"), read_table(book, "x")
+    assert len(first) == 4 and list(found.status) == ["done"] * 4
+    assert list(found["values.mean"]) == [2.0, -5.0, 2.5, -6.25] and list(found["parameters.count"]) == [3, 3, 4, 4]
+    assert list(found["values.positive_verdict"]) == ["supported", "refuted"] * 2
+    assert found.seconds.gt(0).all() and found.peak_memory_mb.between(30, 1000).all()
+
+    assert book.book("run", "group/first", "--profile", "quick", "-p", "count", "3", "-p", "scale", "-2.5",
+                     "-o", str(tmp_path))[0] == 0
+    (single,) = json.loads((tmp_path / "group-first/quick,count=3,scale=-2.5/results.json").read_text())
+    row = found.iloc[1]
+    assert {key: entry["value"] for key, entry in single["values"].items()} == {
+        name.removeprefix("values."): row[name] for name in found if name.startswith("values.")}
+    assert single["reproduce"] == "nsm-book run group/first --profile quick -p count 3 -p scale -2.5 -o runs"
+    (record,) = json.loads((book.folder / f"_build/sweeps/x/{row.run}/results.json").read_text())
+    clock = ("seconds", "peak_memory_mb", "date", "digest")
+    assert {k: v for k, v in record.items() if k not in clock} == {k: v for k, v in single.items() if k not in clock}
+
+    before = (book.folder / "_build/sweeps/x.parquet").read_bytes()
+    code, output = book.book("sweep", "x")
+    assert code == 0 and "to do" not in output and (book.folder / "_build/sweeps/x.parquet").read_bytes() == before
+    write(book, "x.yml", "page: group/first\nprofile: quick\ngrid: {count: [3, 4, 5], scale: [1, -2.5]}\n")
+    code, output = book.book("sweep", "x")
+    assert code == 0 and "2 of 6 runs to do" in output, output
+    assert first.items() <= notebooks(book, "x").items() and len(read_table(book, "x")) == 6
+
+
+@kernel
+def test_a_failed_run_is_named_and_stops_no_other(book):
+    harm = ("\nif count == 13:\n    raise OSError('unlucky')\nif count == 14:\n    import os, signal\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\nmean = ")
+    book.edit("book/group/first.md", "\nmean = ", harm)
+    write(book, "x.csv", "page,profile,count\n" + "".join(f"group/first,quick,{n}\n" for n in (13, 3, 14, 4)))
+    code, output = book.book("sweep", "x", "--jobs", "2")
+    assert code == 1 and "2 of 4 runs failed" in output and "OSError: unlucky" in output
+    assert "count=13 (" in output and "count=14 (" in output and "kernel died" in output and "count=3 (" not in output
+    found = read_table(book, "x")
+    assert list(found.status) == ["failed", "done", "failed", "done"] and list(found["parameters.count"]) == [13, 3, 14, 4]
+    assert found["values.mean"].isna().tolist() == [True, False, True, False]
+    whole = notebooks(book, "x")
+    assert len(whole) == 2
+    code, output = book.book("sweep", "x")  # what failed is tried again, and nothing else
+    assert code == 1 and "2 of 4 runs to do" in output and notebooks(book, "x") == whole
+    book.edit("book/group/first.md", harm, "\nmean = ")
+    code, output = book.book("sweep", "x")
+    assert code == 0 and "4 of 4 runs to do" in output  # the page is another one now
+    assert list(read_table(book, "x").status) == ["done"] * 4
+
+
+def kill_everything(process) -> None:
+    """kill -9 of the sweep, of Snakemake, of the steps and of the kernels."""
+    import psutil
+
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        member.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@kernel
+def test_a_killed_sweep_goes_on_and_repeats_no_whole_run(book):
+    ran = book.folder / "ran"
+    book.edit("book/group/first.md", "\nmean = ",
+              f"\nfrom pathlib import Path\nwith Path({str(ran)!r}).open('a') as file:\n    print(seed, file=file)\nmean = ")
+    write(book, "x.yml", f"page: group/first\nprofile: quick\nseeds: {list(range(16))}\n")
+    process = book.start("sweep", "x", "--jobs", "1")  # 8 steps of 2 runs
+    deadline = time.time() + 120
+    while len(list((book.folder / "_build/sweeps/x").glob("*/results.json"))) < 7:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.02)
+    kill_everything(process)
+    whole = {name: text for name, text in notebooks(book, "x").items()}
+    assert 7 <= len(whole) < 16 and not (book.folder / "_build/sweeps/x.parquet").exists()
+    code, output = book.book("sweep", "x", "--jobs", "2")
+    assert code == 0 and " of 16 runs to do" in output, output
+    assert whole.items() <= notebooks(book, "x").items()
+    begun = ran.read_text().split()
+    assert len(begun) <= 17 and set(begun) == {str(seed) for seed in range(16)}  # one, at most, was cut short
+    assert len(read_table(book, "x")) == 16
+    assert not [path for path in (book.folder / "_build/sweeps").rglob(".*") if path.is_dir()]
+
+
+@kernel
+def test_a_damaged_run_is_made_again_and_no_other(book):
+    write(book, "x.yml", "page: group/first\nprofile: quick\ngrid: {count: [3, 4, 5]}\n")
+    assert book.book("sweep", "x")[0] == 0
+    whole, names = notebooks(book, "x"), list(read_table(book, "x").run)
+    folder = book.folder / "_build/sweeps/x"
+    path = folder / names[0] / "run.ipynb"
+    path.write_bytes(path.read_bytes()[:1000])
+    (folder / names[1] / "numbers.txt").write_text("1")
+    (folder / names[2] / "results.json").write_text("[{}]")
+    (book.folder / "_build/sweeps/x.parquet").write_bytes(b"PAR1")
+    code, output = book.book("sweep", "x")
+    assert code == 0 and "3 of 3 runs to do" in output, output
+    after = notebooks(book, "x")
+    assert after[names[0]] != whole[names[0]] and after[names[1]] != whole[names[1]] and after[names[2]] == whole[names[2]]
+    assert list(read_table(book, "x")["values.mean"]) == [2.0, 2.5, 3.0]
+    assert (folder / names[1] / "numbers.txt").read_text().startswith("1.000000,2.000000")
+
+
+@kernel
+def test_the_pages_that_a_sweep_needs_run_first_and_again(book):
+    write(book, "x.csv", "page,profile,power\ngroup/second,quick,1\ngroup/second,quick,2\n")
+    code, output = book.book("sweep", "x")
+    assert code == 0 and "[1/3] group/first: " in output, output
+    assert list(read_table(book, "x")["values.total"]) == [6, 14]
+    before = notebooks(book, "x")
+    book.edit("book/group/first.md", "It draws numbers.", "It draws some numbers.")
+    code, output = book.book("sweep", "x")  # the page makes the same file again: no run of the sweep is repeated
+    assert code == 0 and "group/first: " in output and notebooks(book, "x") == before, output
+    book.edit("book/params/quick.yml", "count: 5", "count: 5, scale: 2.0")
+    code, output = book.book("sweep", "x")
+    assert code == 0 and list(read_table(book, "x")["values.total"]) == [12, 56], output
+    book.edit("book/group/first.md", "\nmean = ", "\nraise OSError('broken')\nmean = ")
+    code, output = book.book("sweep", "x")
+    assert code == 1 and "OSError: broken" in output and "2 of 2 runs failed" in output, output
+
+
+@kernel
+def test_a_sweep_waits_for_another_and_a_build_for_both(book):
+    book.edit("book/group/first.md", "\nmean = ", "\nimport time\ntime.sleep(2)\nmean = ")
+    write(book, "x.yml", "page: group/first\nprofile: quick\nseeds: [1, 2]\n")
+    one = book.start("sweep", "x", "--jobs", "1")
+    lock = book.folder / "_build/build.lock"
+    while not lock.exists() or f"process {one.pid} " not in lock.read_text():
+        assert one.poll() is None
+        time.sleep(0.05)
+    others = [book.start("sweep", "x"), book.start("build")]
+    said = [process.communicate(timeout=200)[0] for process in (one, *others)]
+    assert [process.returncode for process in (one, *others)] == [0, 0, 0], said
+    assert "2 of 2 runs to do" in said[0] and "to do" not in said[1]
+    assert all(f"process {one.pid} " in text and "waiting for it to end" in text for text in said[1:])
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A Slurm of one node, on this machine."""
+    lacking = [name for name in ("slurmctld", "slurmd", "munged", "sinfo") if not shutil.which(name)]
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        lacking.append("snakemake-executor-plugin-slurm")
+    if os.geteuid():
+        lacking.append("root")
+    if lacking and os.environ.get("NSM_BOOK_NEED_SLURM") != "1":
+        pytest.skip(f"needs {', '.join(lacking)}")
+    folder, conf = tmp_path / "slurm", Path("/etc/slurm/slurm.conf")
+    try:
+        subprocess.run([ROOT / "tests/slurm/start.sh", folder], check=True, timeout=60)
+        yield
+    finally:
+        for path in folder.glob("*.pid"):
+            os.kill(int(path.read_text()), signal.SIGTERM)
+        if conf.is_symlink() and conf.resolve() == (folder / "slurm.conf").resolve():
+            conf.unlink()
+
+
+@kernel
+@pytest.mark.slurm
+@pytest.mark.xdist_group("slurm")
+def test_a_sweep_runs_as_jobs_of_a_real_slurm(book, slurm):
+    write(book, "x.csv", "page,profile,power\ngroup/second,quick,1\ngroup/second,quick,2\n")
+    code, output = book.book("sweep", "x", "--jobs", "4", "--profile-dir", str(book.folder / "profiles/slurm"))
+    assert code == 0 and "[3/3] power=" in output, output
+    assert list(read_table(book, "x")["values.total"]) == [6, 14]
+    jobs = subprocess.run(["scontrol", "show", "job", "--oneliner"], capture_output=True, text=True, check=True).stdout
+    assert jobs.count("JobState=COMPLETED") == 3  # the page that is needed, and two runs
+    assert jobs.count("MinMemoryNode=500M") == jobs.count("NumCPUs=1 ") == 3
+    code, output = book.book("sweep", "x", "--jobs", "4", "--profile-dir", str(book.folder / "profiles/slurm"))
+    assert code == 0 and "to do" not in output
