@@ -31,18 +31,10 @@ def seed(all_hard_codes, all_states, num_states):
 WAYS = {"seed": seed, "contingency": contingency, "align": align}  # the peer first
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_table(request):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    plugins = request.config.pluginmanager
-    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
-        reporter = plugins.getplugin("terminalreporter")
-        reporter.write_line(f"\n\nHow many times faster than the seed's loop, {B:,} × {T} positions, {K} codes, {S} states:")
-        for (k, name), seconds in SECONDS.items():
-            reporter.write_line(f"k = {k}  {name:12} {seconds * 1e3:8.2f} ms {SECONDS[k, 'seed'] / seconds:7.1f}×")
+def table(reporter):
+    reporter.write_line(f"\n\nHow many times faster than the seed's loop, {B:,} × {T} positions, {K} codes, {S} states:")
+    for (k, name), seconds in SECONDS.items():
+        reporter.write_line(f"k = {k}  {name:12} {seconds * 1e3:8.2f} ms {SECONDS[k, 'seed'] / seconds:7.1f}×")
 
 
 @pytest.mark.parametrize("name", WAYS)

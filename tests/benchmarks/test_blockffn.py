@@ -92,23 +92,12 @@ def case(T: int, sparsity: str, run: str, name: str):
     return once
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_table(request):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    plugins = request.config.pluginmanager
-    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
-        _table(plugins.getplugin("terminalreporter"))
-
-
 def _ratios(setting: tuple) -> dict[str, float]:
     """How many times longer each peer takes than ours."""
     return {peer: SECONDS[*setting, peer] / SECONDS[*setting, NAMES[-1]] for peer in NAMES[:-1] if (*setting, peer) in SECONDS}
 
 
-def _table(reporter):
+def table(reporter):
     reporter.write_line(f"\n\nHow many times faster (fastest round), D = {D}, {E} blocks of {WIDTH}, one thread:")
     for T, sparsity, run, name in SECONDS:
         if name == NAMES[-1]:

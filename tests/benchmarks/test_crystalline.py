@@ -127,12 +127,13 @@ def build(name: str, k: int):
     return model, lambda infos: (0.0, 0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def table(reporter):
+    reporter.write_line(f"\n\nAt the seed's size (D = {D}, {LAYERS} blocks, {K} codes), one thread, fastest rounds:")
+    for (what, *setting, name), seconds in SECONDS.items():
+        if name == "ours":
+            peer = SECONDS[(what, *setting, {"step": "plain", "lookup": "vector-quantize-pytorch"}[what])]
+            share = f", bottlenecks {1 - SECONDS[(what, *setting, STEPS[1])] / seconds:.1%} of it" if what == "step" else ""
+            reporter.write_line(f"{what:7} {setting} {seconds * 1e3:8.3f} ms {peer / seconds:6.2f}×{share}")
 
 
 @pytest.mark.parametrize(("name", "k"), [(name, k) for k in (4, 1) for name in STEPS])
@@ -158,12 +159,13 @@ def test_training_step(benchmark, name, k):
                 module.config = replace(module.config, lay_every=100)
     benchmark.group = f"training step, k = {k}"
     benchmark.pedantic(step, rounds=40, warmup_rounds=2)
+    if benchmark.disabled:  # --benchmark-disable: run once, nothing timed
+        return
     SECONDS["step", k, name] = benchmark.stats.stats.min
     if name == "ours":
         ours = SECONDS["step", k, name]
         benchmark.extra_info["times faster than plain"] = round(SECONDS["step", k, "plain"] / ours, 2)
         benchmark.extra_info["bottlenecks' share"] = round(1 - SECONDS["step", k, "without bottlenecks"] / ours, 3)
-        print(f"\nk = {k}: {1e3 * ours:.1f} ms, {benchmark.extra_info}")
 
 
 @pytest.mark.parametrize(("tokens", "k", "name"), LOOKUPS)
@@ -182,8 +184,9 @@ def test_lookup(benchmark, tokens, k, name):
 
     benchmark.group = f"lookup of {tokens:,} tokens in 512 codes, k = {k}"
     benchmark.pedantic(once, rounds=60, warmup_rounds=3)
+    if benchmark.disabled:
+        return
     SECONDS["lookup", tokens, k, name] = benchmark.stats.stats.min
     if name == "ours":
         ratio = SECONDS["lookup", tokens, k, "vector-quantize-pytorch"] / SECONDS["lookup", tokens, k, name]
         benchmark.extra_info["times faster than vector-quantize-pytorch"] = round(ratio, 2)
-        print(f"\n{tokens:,} tokens, k = {k}: {ratio:.2f} × vector-quantize-pytorch's")

@@ -55,7 +55,6 @@ def network(name: str, T: int, causal: bool) -> nn.Module:
 def test_training_step(benchmark, case):
     T, causal, name = case
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     model, inputs = network(name, T, causal), torch.randint(V, (1, T))
 
     def step():
@@ -74,7 +73,6 @@ def test_streamed_token_after_a_hundred_thousand(benchmark):
     """A real stream of 100,100 tokens: the steps around token 100 against those at its end."""
     import time
 
-    torch.set_num_threads(1)
     model = network("NSM", 4096, True).eval()
     tokens = torch.randint(V, (100_100,), generator=torch.Generator().manual_seed(0))
     seconds = []

@@ -118,18 +118,7 @@ def _measure_here(kind: str, T: str, run: str, name: str) -> float:
     return round((kibibytes("VmHWM") - before) / 1024, 2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_table(request):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    plugins = request.config.pluginmanager
-    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
-        _table(plugins.getplugin("terminalreporter"))
-
-
-def _table(reporter):
+def table(reporter):
     reporter.write_line("\n\nHow many times faster (fastest round), D = 128, 4 heads, 64 states, batch 1, one thread:")
     for (kind, T, run, name), seconds in SECONDS.items():
         if name in OURS:

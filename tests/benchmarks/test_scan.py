@@ -97,18 +97,7 @@ def case(kind: str, T: int, run: str, name: str):
     return once
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_table(request):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    plugins = request.config.pluginmanager
-    with plugins.getplugin("capturemanager").global_and_fixture_disabled():
-        _table(plugins.getplugin("terminalreporter"))
-
-
-def _table(reporter):
+def table(reporter):
     reporter.write_line("\n\nHow many times faster (fastest round), and how many times less memory, one thread:")
     for kind, T, run, name in SECONDS:
         if name == NAMES[kind][-1]:
