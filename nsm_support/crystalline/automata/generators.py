@@ -89,7 +89,7 @@ class TableMachine(Generator):
 class FiniteStateMachine(TableMachine):
     """The seed's machine: state i owns the tokens i·m … i·m+m−1, so that a token tells the state that emitted it.
 
-    The start is uniform. The table is the one that the seed's prototype makes from the same `FSMConfig`. As no token is
+    The start is uniform; the table is drawn, row by row, from Python's `random.Random(config.seed)`. As no token is
     shared, a bigram table already predicts as well as can be: accuracy 1/m, cross-entropy ln m.
 
     Raises:
