@@ -1,8 +1,9 @@
 # The arrows of the book: page → executed notebook → results → site. `nsm-book build` runs them, one build at a time, and
-# then lets _build/html be the new site.
+# then lets _build/html be the new site. `nsm-book sweep` runs the last rule, and the pages that its page needs.
+import math
 import sys
 
-from nsm_support.book import fingerprint, pages, stage
+from nsm_support.book import fingerprint, pages, stage, sweep
 
 PROFILE = config.get("profile", "quick")
 COMMAND = f"{sys.executable} -m nsm_support.book.cli"
@@ -24,7 +25,7 @@ for name, page in pages.pages().items():
 
     rule:
         name:
-            f"page: {name}"
+            f"page_{name.replace('/', '_')}"  # Slurm's job is told it on a command line
         input:
             [f"_build/products/{PROFILE}/{product}" for product in page.needs],
         output:
@@ -32,7 +33,7 @@ for name, page in pages.pages().items():
         threads: page.cores
         resources:
             mem_mb=page.memory,
-            runtime=max(1, round(page.budget[PROFILE] / 20)),
+            runtime=1 + math.ceil(page.budget[PROFILE] / 20),  # minutes: three times what it may take, and one to begin
         params:
             page=name,
         shell:
@@ -48,3 +49,26 @@ rule site:
         f"_build/sites/{PROFILE}.json",
     shell:
         f"{COMMAND} site --profile {PROFILE}"
+
+
+if "plan" in config:  # a path, because Snakemake reads a sweep named `true` or `007` as something else
+    FOLDER, NAME = config["plan"].rpartition("/")[0], config["plan"].split("/")[-2]
+    PLAN = sweep.read_plan(NAME)
+    PAGE = pages.page(PLAN["page"])
+
+    rule sweep:
+        input:
+            [f"{FOLDER}/steps/{step}" for step in PLAN["steps"]],
+
+    rule runs:  # a few runs of the sweep; what each leaves in its own folder is whole, and is not Snakemake's to remove
+        input:
+            [RUNS[maker.name] for maker in sweep.makers(PAGE)],
+            [f"_build/products/{PROFILE}/{product}" for product in PAGE.needs],
+        output:
+            touch(f"{FOLDER}/steps/{{step}}"),
+        threads: PAGE.cores
+        resources:
+            mem_mb=PAGE.memory,
+            runtime=lambda wildcards: 1 + math.ceil(len(PLAN["steps"][wildcards.step]) * PAGE.budget[PROFILE] / 20),
+        shell:
+            f"{COMMAND} runs {NAME} {{wildcards.step}}"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -150,6 +151,30 @@ def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypat
     assert sizes(300.0, 2) == sizes(1.0, 50) == [1] * 200
 
 
+def test_a_step_goes_on_past_runs_that_fail_and_are_killed(small, monkeypatch, tmp_path):
+    for module in (table, sweep, build):
+        monkeypatch.setattr(module, "BUILD", tmp_path)
+
+    def run_into(place, page, profile, given):  # in place of a kernel
+        if given["count"] == 13:
+            raise BookError("unlucky")
+        if given["count"] == 14:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(sweep, "run_into", run_into)
+    found = small("x.yml", FIRST + "grid: {count: [13, 14, 3]}\n")
+    plan = {"page": "group/first", "profile": "full", "steps": {"a": [run._asdict() for run in found.runs.values()]}}
+    found.folder.mkdir(parents=True)
+    (found.folder / "plan.json").write_text(json.dumps(plan))
+    unlucky, killed, done = (f"group/first {id}" for id in found.runs)
+    with pytest.raises(BookError, match=f"^failed: {unlucky}, {killed}$"):
+        sweep.run_step("x", "a")
+    states = build.read_states("full")
+    assert states[unlucky]["message"] == "unlucky" and "killed by signal 9" in states[killed]["message"]
+    assert [states[name]["state"] for name in (unlucky, killed, done)] == ["failed", "failed", "done"]
+    sweep.run_step("x", "a step of an older plan")  # has nothing to do
+
+
 def test_the_time_left_learns_from_the_runs_that_ended(monkeypatch):
     entry = Page(name="a", budget={"quick": 1, "full": 1}, memory=1)
     monkeypatch.setattr(build, "pages", lambda: {"a": entry})
@@ -174,6 +199,18 @@ def test_pages_that_a_page_needs_are_found_through_others(monkeypatch):
 def test_a_column_holds_one_kind_of_value():
     assert sweep._column([1, 2.5, None]) == [1.0, 2.5, None] and sweep._column([1, "a", None]) == ["1", "a", None]
     assert sweep._column([1, None]) == [1, None] and sweep._column([[1], [2]]) == [[1], [2]]
+
+
+def test_the_books_own_sweeps_and_the_manuals_are_accepted(monkeypatch, tmp_path):
+    for name in table.sweeps():
+        assert 1 < len(table.read_sweep(name).runs) < 50
+    (tmp_path / "sweeps").mkdir()
+    (example,) = re.findall(r"```yaml\n(.*?)```", (pages.BOOK / "reference/reproduce.md").read_text(), re.DOTALL)
+    (tmp_path / "sweeps/x.yml").write_text(example)
+    monkeypatch.setattr(table, "BOOK", tmp_path)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    runs = list(table.read_sweep("x").runs.values())
+    assert len(runs) == 8 and runs[-1].label == "half_mass=4.0, steps=60, train_length=16, longest=64, seeds=[12]"
 
 
 @pytest.fixture
@@ -293,20 +330,20 @@ def test_a_killed_sweep_goes_on_and_repeats_no_whole_run(book):
 
 @kernel
 def test_a_damaged_run_is_made_again_and_no_other(book):
-    write(book, "x.yml", "page: group/first\nprofile: quick\ngrid: {count: [3, 4, 5]}\n")
-    assert book.book("sweep", "x")[0] == 0
-    whole, names = notebooks(book, "x"), list(read_table(book, "x").run)
-    folder = book.folder / "_build/sweeps/x"
+    write(book, "007.yml", "page: group/first\nprofile: quick\ngrid: {count: [3, 4, 5]}\n")
+    assert book.book("sweep", "007")[0] == 0
+    whole, names = notebooks(book, "007"), list(read_table(book, "007").run)
+    folder = book.folder / "_build/sweeps/007"
     path = folder / names[0] / "run.ipynb"
     path.write_bytes(path.read_bytes()[:1000])
     (folder / names[1] / "numbers.txt").write_text("1")
     (folder / names[2] / "results.json").write_text("[{}]")
-    (book.folder / "_build/sweeps/x.parquet").write_bytes(b"PAR1")
-    code, output = book.book("sweep", "x")
+    (book.folder / "_build/sweeps/007.parquet").write_bytes(b"PAR1")
+    code, output = book.book("sweep", "007")
     assert code == 0 and "3 of 3 runs to do" in output, output
-    after = notebooks(book, "x")
+    after = notebooks(book, "007")
     assert after[names[0]] != whole[names[0]] and after[names[1]] != whole[names[1]] and after[names[2]] == whole[names[2]]
-    assert list(read_table(book, "x")["values.mean"]) == [2.0, 2.5, 3.0]
+    assert list(read_table(book, "007")["values.mean"]) == [2.0, 2.5, 3.0]
     assert (folder / names[1] / "numbers.txt").read_text().startswith("1.000000,2.000000")
 
 
@@ -325,7 +362,8 @@ def test_the_pages_that_a_sweep_needs_run_first_and_again(book):
     assert code == 0 and list(read_table(book, "x")["values.total"]) == [12, 56], output
     book.edit("book/group/first.md", "\nmean = ", "\nraise OSError('broken')\nmean = ")
     code, output = book.book("sweep", "x")
-    assert code == 1 and "OSError: broken" in output and "2 of 2 runs failed" in output, output
+    assert code == 1 and "OSError: broken" in output and "needs group/first; its table was left as it was" in output, output
+    assert list(read_table(book, "x")["values.total"]) == [12, 56]
 
 
 @kernel
@@ -352,8 +390,9 @@ def slurm(tmp_path):
         lacking.append("snakemake-executor-plugin-slurm")
     if os.geteuid():
         lacking.append("root")
-    if lacking and os.environ.get("NSM_BOOK_NEED_SLURM") != "1":
-        pytest.skip(f"needs {', '.join(lacking)}")
+    if lacking:
+        end = pytest.fail if os.environ.get("NSM_BOOK_NEED_SLURM") == "1" else pytest.skip
+        end(f"needs {', '.join(lacking)}: apt-get install slurm-wlm munge; pip install -r profiles/slurm/requirements.txt")
     folder, conf = tmp_path / "slurm", Path("/etc/slurm/slurm.conf")
     try:
         subprocess.run([ROOT / "tests/slurm/start.sh", folder], check=True, timeout=60)

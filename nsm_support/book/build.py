@@ -1,4 +1,4 @@
-"""Build the whole book: one build at a time, pages side by side, with progress and the time left."""
+"""Run Snakemake for a build or a sweep: one at a time, steps side by side, with progress and the time left."""
 
 import contextlib
 import fcntl
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -36,7 +37,7 @@ def only_build(console: Console):
             holder = lock.read().strip() or "another process"
             console.print(f"{holder} is building in this checkout; waiting for it to end", highlight=False)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        with (BUILD / "steps.lock").open("a") as steps:  # held by every step that is still alive, see `cli.step`
+        with (BUILD / "steps.lock").open("a") as steps:  # held by every step that is still alive
             fcntl.flock(steps, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})\n")
@@ -44,50 +45,116 @@ def only_build(console: Console):
         yield lock
 
 
-def note_state(profile: str, what: str, state: str, message: str = "") -> None:
-    """Tell the build that watches how far one page (or the site) is."""
+@contextlib.contextmanager
+def step_lock():
+    """Show that a step is alive: a build that follows a killed one waits for it."""
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / "steps.lock").open("a") as alive:
+        fcntl.flock(alive, fcntl.LOCK_SH)
+        yield
+
+
+def note_state(profile: str, what: str, state: str, message: str = "", seconds: float = 0.0) -> None:
+    """Tell the build that watches how far one page, one run of a sweep, or the site is."""
     path = BUILD / "status" / profile / f"{what.replace('/', '-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
-    new.write_text(json.dumps({"what": what, "state": state, "message": message, "at": time.time()}))
+    new.write_text(json.dumps({"what": what, "state": state, "message": message, "seconds": seconds, "at": time.time()}))
     os.replace(new, path)
 
 
-def read_states(profile: str) -> dict[str, dict]:
+def told(profile: str, what: str, work: Callable[[], str]) -> str:
+    """Do one piece of work, tell the build that watches how it went, and return the line that says what was done."""
+    note_state(profile, what, "running")
+    began = time.perf_counter()
+    try:
+        message = work()
+    except BaseException as error:
+        note_state(profile, what, "failed", str(error) if isinstance(error, BookError) else f"{what}: {error!r}")
+        raise
+    note_state(profile, what, "done", message, time.perf_counter() - began)
+    return message
+
+
+def read_states(profile: str, known: dict[str, dict] | None = None) -> dict[str, dict]:
+    """How far everything is, by name; what did not change since `known` is not read again."""
+    by_file = {entry["file"]: entry for entry in (known or {}).values()}
     found = {}
-    for path in sorted((BUILD / "status" / profile).glob("*.json")):
-        entry = json.loads(path.read_text())
-        found[entry["what"]] = entry
+    folder = BUILD / "status" / profile
+    for file in os.scandir(folder) if folder.exists() else ():
+        if file.name.endswith(".json"):
+            key = (file.name, file.stat().st_mtime_ns)
+            entry = by_file.get(key) or {**json.loads(Path(file.path).read_text()), "file": key}
+            found[entry["what"]] = entry
     return found
+
+
+def seconds_left(expected: dict[str, float], states: dict[str, dict], cores: int) -> tuple[float, float]:
+    """Which share of the work is done, and how many seconds the rest will take on so many cores.
+
+    A run of a sweep, named `PAGE ID`, is expected to take as long as those of its sweep that have ended.
+    """
+    took = [entry["seconds"] for what, entry in states.items() if " " in what and entry["state"] == "done"]
+    expect = {what: sum(took) / len(took) if took and " " in what else seconds for what, seconds in expected.items()}
+    running = {what: time.time() - entry["at"] for what, entry in states.items() if entry["state"] == "running"}
+    done = rest = 0.0
+    for what, seconds in expect.items():
+        gone = seconds if what in states and what not in running else min(seconds, running.get(what, 0.0))
+        wide = 1.0 if what == "site" else min(cores, pages()[what.split()[0]].cores) / cores
+        done, rest = done + gone, rest + (seconds - gone) * wide
+    return done / (sum(expect.values()) or 1.0), rest
 
 
 def watch(process: subprocess.Popen, profile: str, expected: dict[str, float], cores: int, console: Console) -> None:
     """Show what runs, what is done and how long is left, until the process ends."""
-    total, told = sum(expected.values()) or 1.0, set()
+    said, states = set(), {}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("book", total=total, left="")
+        bar = progress.add_task("book", total=1.0, left="")
         while True:
-            ended, states = process.poll() is not None, read_states(profile)
-            done = sum(expected.get(what, 0) for what, entry in states.items() if entry["state"] != "running")
-            running = {w: time.time() - e["at"] for w, e in states.items() if e["state"] == "running"}
-            spent = done + sum(min(expected.get(what, 0), seconds) for what, seconds in running.items())
-            rest_of = {what: max(0.0, seconds - running.get(what, 0)) for what, seconds in expected.items()
-                       if what in running or what not in states}
-            left = rest_of.pop("site", 0) + sum(
-                seconds * min(cores, pages()[what].cores) for what, seconds in rest_of.items()) / cores
+            ended, states = process.poll() is not None, read_states(profile, states)
+            share, left = seconds_left(expected, states, cores)
             for what, entry in states.items():
-                if entry["state"] != "running" and what not in told:
-                    told.add(what)
-                    count = f"[{len(told & expected.keys())}/{len(expected)}] " if what in expected else ""
+                if entry["state"] != "running" and what not in said:
+                    said.add(what)
+                    count = f"[{len(said & expected.keys())}/{len(expected)}] " if what in expected else ""
                     text = entry["message"] if entry["state"] == "done" else f"{what}: FAILED"
                     rest = f"   (about {left:.0f} s left)" if what in expected and left > 0 else ""
                     console.print(f"{count}{text}{rest}", highlight=False, markup=False)
-            names = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in running.items())
-            progress.update(bar, completed=spent, description=names or "starting", left=f"about {left:.0f} s left")
+            names = ", ".join(f"{what} {time.time() - entry['at']:.0f} s" for what, entry in states.items()
+                              if entry["state"] == "running")
+            progress.update(bar, completed=share, description=names or "starting", left=f"about {left:.0f} s left")
             if ended:
                 return
             time.sleep(0.1)
+
+
+def snakemake(words: list[str], profile: str, expected: dict[str, float], cores: int, console: Console, *, lock,
+              log: Path) -> int:
+    """Let Snakemake bring its targets up to date while a person watches; return its exit code.
+
+    The caller's lock stands for Snakemake's own, which a killed build would leave behind. Snakemake's checksums, taken when a
+    step ends, would hide what changed while it ran; fingerprints tell better what a page depends on.
+    """
+    shutil.rmtree(BUILD / "status" / profile, ignore_errors=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "snakemake", "--keep-going", "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime",
+               "--max-checksum-file-size", "0", "--scheduler", "greedy", *words]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
+        try:
+            watch(process, profile, expected, cores, console)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    return process.returncode
+
+
+def known_seconds(profile: str) -> dict[str, float]:
+    """What each page, and the site, took the last time."""
+    path = BUILD / "seconds" / f"{profile}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def build(profile: str, cores: int, console: Console) -> Path:
@@ -103,38 +170,22 @@ def build(profile: str, cores: int, console: Console) -> Path:
         profile_parameters(entry, profile)
     with only_build(console) as lock:
         execute.clean_leftovers(profile)
-        shutil.rmtree(BUILD / "status" / profile, ignore_errors=True)
-        todo = stale_pages(profile)
-        seconds = BUILD / "seconds" / f"{profile}.json"
-        known = json.loads(seconds.read_text()) if seconds.exists() else {}
+        todo, known = stale_pages(profile), known_seconds(profile)
         expected = {entry.name: known.get(entry.name, entry.budget[profile]) for entry in todo}
         if todo:
             expected["site"] = known.get("site", SITE_SECONDS)
             console.print(f"{len(todo)} of {len(pages())} pages to run, {cores} side by side", highlight=False)
         log = BUILD / "log" / f"{profile}.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        # The lock above stands for Snakemake's own, which a killed build would leave behind. Its checksums, taken when a
-        # step ends, would hide what changed while it ran; fingerprints tell better what a page depends on.
-        command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--keep-going", "--nolock",
-                   "--rerun-incomplete", "--rerun-triggers", "mtime", "--max-checksum-file-size", "0",
-                   "--config", f"profile={profile}"]
-        with log.open("w") as out:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
-                                       pass_fds=[lock.fileno()])
-            try:
-                watch(process, profile, expected, cores, console)
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
+        code = snakemake(["--cores", str(cores), "--config", f"profile={profile}"], profile, expected, cores, console,
+                         lock=lock, log=log)
         states = read_states(profile)
         for entry in pages().values():
             known[entry.name] = record(entry.run(profile)).get("seconds", known.get(entry.name, entry.budget[profile]))
+        seconds = BUILD / "seconds" / f"{profile}.json"
         seconds.parent.mkdir(parents=True, exist_ok=True)
         seconds.write_text(json.dumps(known))
         failed = [entry["message"] for entry in states.values() if entry["state"] == "failed"]
-        if process.returncode:
+        if code:
             shown = "\n\n".join(failed) or log.read_text()[-4000:]
             raise BookError(f"{shown}\n\nThe site was left as it was. Snakemake's own log: {log}")
         return stage.switch(profile)
-

@@ -1,6 +1,5 @@
-"""`nsm-book`: build the book, run one page with other parameters, ask what a page accepts and why it would rerun."""
+"""`nsm-book`: build the book, run one page or a table of runs, ask what a page accepts and why it would rerun."""
 
-import fcntl
 import functools
 import os
 import sys
@@ -64,6 +63,20 @@ def run(page, given, folder, profile):
 
 
 @main.command()
+@click.argument("name")
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores", help="Runs side by side.")
+@click.option("--profile-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+              help="A Snakemake profile that says where the runs run, such as profiles/slurm; by default on this machine.")
+def sweep(name, jobs, profile_dir):
+    """Run what is missing of book/sweeps/NAME and collect it into _build/sweeps/NAME.parquet."""
+    from rich.console import Console
+
+    from nsm_support.book.sweep import run
+
+    click.echo(run(name, jobs, profile_dir, Console(soft_wrap=True)))
+
+
+@main.command()
 @click.argument("page", required=False)
 def params(page):
     """List the parameters of a page, or of every page: type, default, meaning."""
@@ -106,21 +119,11 @@ def step(function):
     """One of Snakemake's steps: tell the watching build how it went."""
     @functools.wraps(function)
     def told(profile, page=None):
-        from nsm_support.book.build import note_state
-        from nsm_support.book.pages import BUILD
+        from nsm_support.book.build import step_lock, told
 
-        what = page or function.__name__
-        BUILD.mkdir(exist_ok=True)
-        alive = (BUILD / "steps.lock").open("a")
-        fcntl.flock(alive, fcntl.LOCK_SH)  # until this process ends: a build that follows a killed one waits for it
-        note_state(profile, what, "running")
-        try:
-            message = function(profile, page) if page else function(profile)
-        except BaseException as error:
-            note_state(profile, what, "failed", str(error) if isinstance(error, BookError) else f"{what}: {error!r}")
-            raise
-        note_state(profile, what, "done", message)
-        click.echo(message)
+        with step_lock():
+            click.echo(told(profile, page or function.__name__,
+                            lambda: function(profile, page) if page else function(profile)))
 
     return told
 
@@ -135,6 +138,18 @@ def execute(profile, page):
     from nsm_support.book.execute import execute
 
     return execute(pages.page(page), profile)
+
+
+@main.command(hidden=True)
+@click.argument("name")
+@click.argument("which")
+def runs(name, which):
+    """Do the runs of one step of a sweep's plan."""
+    from nsm_support.book.build import step_lock
+    from nsm_support.book.sweep import run_step
+
+    with step_lock():
+        run_step(name, which)
 
 
 @main.command(hidden=True)

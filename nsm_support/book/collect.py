@@ -8,17 +8,18 @@ from typing import Any
 
 import nbformat
 
+from nsm_support.book.fingerprint import digest
 from nsm_support.book.gate import glued
 
 PROVENANCE = ("page", "profile", "seconds", "peak_memory_mb", "seed", "device", "commit", "date", "python", "platform")
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """One run's record: its provenance, its parameters, its versions and the values it glued."""
+    """One run's record: its provenance, its parameters, its versions, the values it glued and its notebook's digest."""
     notebook = nbformat.read(path, as_version=4)
     run = dict(notebook.metadata["nsm_book"])
     run["values"] = glued(notebook)
-    run["notebook"] = path.name
+    run["notebook"], run["digest"] = path.name, digest(path)
     return run
 
 

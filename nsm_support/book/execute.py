@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import logging
 import os
 import platform
 import resource
@@ -91,6 +92,8 @@ def run_page(
     import papermill
     from nbclient.exceptions import DeadKernelError
 
+    # Names and types are checked already; papermill knows no annotation like `int | None` and would warn of it.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     for name in page.needs:
         if not (needs / name).exists():
             raise BookError(f"{page.name}: needs {name}, which another page makes and {needs} does not hold yet: "
@@ -170,17 +173,25 @@ def rerun(page: Page, given: dict[str, Any], profile: str, folder: Path) -> Path
     The folder holds the executed notebook `run.ipynb`, its record `results.json` and the products it made.
     A folder whose run is today's is left as it is.
     """
-    from nsm_support.book import collect
-
-    folder = folder.resolve()
     checked = check(page, given)
     merged = profile_parameters(page, profile) | checked
-    place = folder / page.name.replace("/", "-") / (slug(checked) if profile == "full" else f"{profile},{slug(checked)}")
-    target = place / "run.ipynb"
-    if gate.record_of(target).get("fingerprint") != fingerprint(page, profile, merged):
-        run_page(page, profile, merged, target, needs=product("", profile), makes=place, publish=False)
-    collect.write([target], place / "results.json")
+    name = slug(checked) if profile == "full" else f"{profile},{slug(checked)}"
+    place = folder.resolve() / page.name.replace("/", "-") / name
+    run_into(place, page, profile, merged)
     return place
+
+
+def run_into(place: Path, page: Page, profile: str, given: dict[str, Any]) -> None:
+    """Let a folder hold today's run with these parameters, all that differ from the page's own: `run.ipynb`,
+    `results.json` and the products it made. What is whole and today's is not run again."""
+    from nsm_support.book import collect
+
+    target = place / "run.ipynb"
+    last = gate.record_of(target)
+    if (last.get("fingerprint") != fingerprint(page, profile, given)
+            or any(digest(place / name) != made for name, made in last["made"].items())):
+        run_page(page, profile, given, target, needs=product("", profile), makes=place, publish=False)
+    collect.write([target], place / "results.json")
 
 
 def clean_leftovers(profile: str) -> None:

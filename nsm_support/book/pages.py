@@ -66,15 +66,26 @@ class Parameter:
                 value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
             except (ValueError, SyntaxError, MemoryError, RecursionError):
                 pass  # stays text, which no other type accepts
-        kind = eval(self.type, {"__builtins__": {}}, TYPES)  # only the names in TYPES, checked when the page was read
-        adapter = TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
         try:
-            accepted = adapter.validate_python(value)
+            accepted = _adapter(self.type).validate_python(value)
         except ValidationError as error:
             why = error.errors()[0]["msg"]
             raise BookError(f"{page}: parameter {self.name} is {self.type} (default {self.default!r}), "
-                            f"got {value!r}: {why}") from None
+                            f"got {brief(value)}: {why}") from None
         return accepted
+
+
+@cache
+def _adapter(kind: str) -> TypeAdapter:
+    """What holds a value to a parameter's type: strictly, and without NaN and infinity."""
+    accepted = eval(kind, {"__builtins__": {}}, TYPES)  # only the names in TYPES, checked when the page was read
+    return TypeAdapter(accepted, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: on one line, and not longer than a person reads."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 
 
 def read_yaml(name: str) -> Any:
@@ -133,9 +144,9 @@ def page(name: str) -> Page:
 
 def unknown(what: str, given: str, accepted) -> str:
     """The sentence for a name that is not known: what was given, the nearest accepted name, and all of them."""
-    near = difflib.get_close_matches(given, list(accepted), n=1)
+    near = difflib.get_close_matches(str(given)[:100], list(accepted), n=1)
     hint = f"; nearest: {near[0]}" if near else ""
-    return f"unknown {what} {given!r}{hint}; accepted: {', '.join(accepted) or 'none'}"
+    return f"unknown {what} {brief(given)}{hint}; accepted: {', '.join(accepted) or 'none'}"
 
 
 def read(page: Page):

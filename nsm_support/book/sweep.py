@@ -1,0 +1,199 @@
+"""Run what is missing of a sweep, a few runs in a step of Snakemake's, and collect all of it into one table."""
+
+import json
+import multiprocessing
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from nsm_support.book import BookError, build, collect
+from nsm_support.book.execute import run_into
+from nsm_support.book.fingerprint import digest, fingerprint, stale_pages
+from nsm_support.book.pages import BUILD, Page, check, page, pages
+from nsm_support.book.table import Run, Sweep, read_sweep
+
+STEP_SECONDS = 60.0  # what a step takes at most, unless one run takes longer
+ROUNDS = 8  # steps that each job gets at least, so that all jobs end at about the same time
+
+
+def makers(entry: Page) -> list[Page]:
+    """The pages that have to run before this one, in the order of `book/pages.yml`."""
+    waiting, found = list(entry.needs), set()
+    while waiting:
+        product = waiting.pop()
+        maker = next(other for other in pages().values() if product in other.makes)
+        if maker.name not in found:
+            found.add(maker.name)
+            waiting += maker.needs
+    return [other for other in pages().values() if other.name in found]
+
+
+def finished(sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """The records of the runs that are whole and today's, by id."""
+    today, found = fingerprint(sweep.page, sweep.profile, {}), {}
+    for run in sweep.runs.values():
+        place = sweep.folder / run.id
+        try:
+            (record,) = json.loads((place / "results.json").read_text())
+            whole = {"run.ipynb": record["digest"], **record["made"]}
+            if (record["fingerprint"] == {**today, "parameters": json.loads(json.dumps(run.parameters))}
+                    and all(digest(place / name) == printed for name, printed in whole.items())):
+                found[run.id] = record
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not whole
+    return found
+
+
+def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> None:
+    """Write down what Snakemake has to do: steps of a few runs each, of that many seconds a run."""
+    size = max(1, min(int(STEP_SECONDS / max(seconds, 1e-3)), len(todo) // (ROUNDS * jobs)))
+    slices = [todo[start:start + size] for start in range(0, len(todo), size)]
+    plan = {"page": sweep.page.name, "profile": sweep.profile,
+            "steps": {f"{part[0].id}-{len(part)}": [run._asdict() for run in part] for part in slices}}
+    shutil.rmtree(sweep.folder / "steps", ignore_errors=True)
+    with collect.whole(sweep.folder / "plan.json") as path:
+        path.write_text(json.dumps(plan))
+
+
+def read_plan(name: str) -> dict[str, Any]:
+    """What `write_plan` wrote down."""
+    return json.loads((BUILD / "sweeps" / name / "plan.json").read_text())
+
+
+def run_step(name: str, step: str) -> None:
+    """Do the runs of one step, one after the other, each in a process of its own that has papermill loaded already.
+
+    Raises:
+        BookError: if one of them failed, after all others have run.
+    """
+    import grimp  # noqa: F401  loaded here, once for all runs
+    import jupytext  # noqa: F401
+    import papermill  # noqa: F401
+
+    plan, failed = read_plan(name), []
+    for entry in plan["steps"].get(step, ()):
+        what = _what(plan["page"], entry["id"])
+        process = multiprocessing.get_context("fork").Process(target=_one_run, args=(name, plan, entry, what))
+        process.start()
+        process.join()
+        if process.exitcode:
+            failed.append(what)
+        if process.exitcode < 0:
+            build.note_state(plan["profile"], what, "failed", f"its process was killed by signal {-process.exitcode}")
+    if failed:
+        raise BookError(f"failed: {', '.join(failed)}")
+
+
+def _one_run(name: str, plan: dict[str, Any], entry: dict[str, Any], what: str) -> None:
+    def work() -> str:
+        about = page(plan["page"])
+        run_into(BUILD / "sweeps" / name / entry["id"], about, plan["profile"], check(about, entry["parameters"]))
+        return f"{entry['label'] or 'defaults'}: done"
+
+    try:
+        build.told(plan["profile"], what, work)
+    except BookError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+def collect_table(sweep: Sweep, records: dict[str, dict[str, Any]]) -> None:
+    """Write one row for each run of the sweep, in the order of its table.
+
+    Columns: `run`, `page`, `profile`, `status` (`done` or `failed`), `seconds`, `peak_memory_mb`, `device`, `commit`, `date`;
+    `parameters.NAME` for every parameter of the page; `values.KEY` for everything that a run glued, null where it did not.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    from nsm_support.book.pages import parameters
+
+    facts = ("seconds", "peak_memory_mb", "device", "commit", "date")
+    defaults = {name: p.default for name, p in parameters(sweep.page).items()}
+    keys = dict.fromkeys(key for record in records.values() for key in record["values"])
+    rows = []
+    for run in sweep.runs.values():
+        record = records.get(run.id, {})
+        values = record.get("values", {})
+        rows.append({"run": run.id, "page": sweep.page.name, "profile": sweep.profile,
+                     "status": "done" if record else "failed", **{fact: record.get(fact) for fact in facts},
+                     **{f"parameters.{name}": value for name, value in (defaults | run.parameters).items()},
+                     **{f"values.{key}": values.get(key, {}).get("value") for key in keys}})
+    columns = {name: _column([row[name] for row in rows]) for name in rows[0]}
+    with collect.whole(sweep.table) as path:
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def _column(values: list) -> list:
+    """Values that one column can hold: text if one of them is text, else numbers of one kind."""
+    kinds = {type(value) for value in values} - {type(None)}
+    if len(kinds) < 2:
+        return values
+    one = str if str in kinds else float
+    return [None if value is None else one(value) for value in values]
+
+
+def stale_makers(sweep: Sweep) -> list[str]:
+    """The pages that this sweep takes files from, and that have to run again."""
+    stale = stale_pages(sweep.profile) if sweep.page.needs else []
+    return [maker.name for maker in makers(sweep.page) if maker in stale]
+
+
+def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str:
+    """Run what is missing of a sweep and collect it; return a line that says what there is now.
+
+    Args:
+        jobs: runs side by side.
+        profile_dir: a Snakemake profile that says where they run; None for this machine.
+
+    Raises:
+        BookError: naming every run that failed. All others are finished, and the table says which are. If a page failed
+            that the sweep takes files from, the table is as it was.
+    """
+    sweep = read_sweep(name)
+    log = BUILD / "log" / f"sweep-{name}.txt"
+    with build.only_build(console) as lock:
+        before, first = finished(sweep), stale_makers(sweep)
+        # What a page that has to run again makes may be another file: then every run looks for itself.
+        todo = [run for run in sweep.runs.values() if first or run.id not in before]
+        states, code = {}, 0
+        if todo:
+            for left in [path for run in todo for path in (sweep.folder / run.id).glob(".*")]:
+                shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+            took, known = [record["seconds"] for record in before.values()], build.known_seconds(sweep.profile)
+            seconds = statistics.median(took) if took else sweep.page.budget[sweep.profile]
+            write_plan(sweep, todo, seconds, jobs)
+            expected = {maker: known.get(maker, pages()[maker].budget[sweep.profile]) for maker in first}
+            expected |= {_what(sweep.page.name, run.id): seconds for run in todo}
+            console.print(f"{len(todo)} of {len(sweep.runs)} runs to do, {jobs} side by side", highlight=False)
+            where = ["--profile", str(profile_dir.resolve()), "--jobs"] if profile_dir else ["--cores"]
+            words = ["sweep", *where, str(jobs), "--config", f"profile={sweep.profile}",
+                     f"plan=_build/sweeps/{name}/plan.json"]
+            code = build.snakemake(words, sweep.profile, expected, jobs, console, lock=lock, log=log)
+            states = build.read_states(sweep.profile)
+        told = [entry["message"] for what, entry in states.items() if entry["state"] == "failed" and " " not in what]
+        if code and all(entry["state"] == "done" for entry in states.values()):
+            told.append(log.read_text()[-4000:])
+        behind = stale_makers(sweep) if first else []
+        if behind:
+            raise BookError("\n\n".join([*told, f"sweep {name}: needs {', '.join(behind)}; its table was left as it was. "
+                                         f"Snakemake's own log: {log}"]))
+        records = finished(sweep)
+        collect_table(sweep, records)
+    failed = [run for run in sweep.runs.values() if run.id not in records]
+    for run in failed:
+        why = states.get(_what(sweep.page.name, run.id), {}).get("message")
+        told.append(f"{run.label or 'defaults'} ({run.id}): {why or 'it did not end, or its page changed meanwhile'}")
+    if failed:
+        raise BookError("\n\n".join([*told, f"sweep {name}: {len(failed)} of {len(sweep.runs)} runs failed; "
+                                     f"{sweep.table} holds the others. Snakemake's own log: {log}"]))
+    return f"sweep {name}: {len(sweep.runs)} runs, all done: {sweep.table}"
+
+
+def _what(page: str, id: str) -> str:
+    """What the build that watches calls a run."""
+    return f"{page} {id}"
