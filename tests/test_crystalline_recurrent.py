@@ -324,6 +324,19 @@ def test_the_control_without_codes_is_read_by_clusters():
     assert found.history.entropy.isnan().all() and found.history.revived.sum() == 0
 
 
+def test_clusters_have_a_next_state_for_every_token_also_where_no_string_went():
+    """Strings of 1* hardly ever leave it: from many a cluster no string shows a 0, and the network's own step decides."""
+    machine, generators = make_machine("tomita1"), randoms(0)
+    model = build(machine, 16, generators)
+    train(model, machine, generators, RecurrentTraining(steps=150, objective="continuous"))
+    automaton = clustered(model, machine, 0, randoms(1)[0], strings=20)
+    assert automaton.transition.min() >= 0 and automaton.transition.max() < 16
+    assert compare(automaton, machine).equivalent
+    with torch.no_grad():  # a step is the definition's
+        states = model.continuous(torch.tensor([[[1, 0, 1]]]))
+        torch.testing.assert_close(model.step_continuous(states[:, :, 1], torch.tensor([[0]])), states[:, :, 2])
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

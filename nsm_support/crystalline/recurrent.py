@@ -215,8 +215,13 @@ class CrystallineRecurrent(nn.Module):
         self._start(tokens)
         E, B, _ = tokens.shape
         state = self.codebook[:, START : START + 1].expand(E, B, -1)
-        states = [state]  # below, a product with one-hot tokens: its gradient is faster than that of a choice
-        for token in F.one_hot(tokens, self.config.vocab_size).to(state).unbind(2):
-            state = F.normalize(self.proposal(state, torch.bmm(token, self.token)), dim=-1) * self.config.dim**0.5
+        states = [state]
+        for token in tokens.unbind(2):
+            state = self.step_continuous(state, token)
             states.append(state)
         return torch.stack(states, 2)
+
+    def step_continuous(self, state: Tensor, token: Tensor) -> Tensor:
+        """The control's next states [E, N, D] from states [E, N, D] and tokens [E, N]."""
+        chosen = F.one_hot(token, self.config.vocab_size).to(state)  # a product's gradient is faster than that of a choice
+        return F.normalize(self.proposal(state, torch.bmm(chosen, self.token)), dim=-1) * self.config.dim**0.5

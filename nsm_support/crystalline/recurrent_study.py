@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .automata import Automaton, Transducer, make_machine
+from .automata import UNDEFINED, Automaton, Transducer, make_machine
 from .extraction import Verdict, compare, vote
 from .recurrent import CrystallineRecurrent, RecurrentConfig
 from .recurrent_training import History, RecurrentTraining, train
@@ -92,17 +92,22 @@ def clustered(
 ) -> Automaton:
     """The automaton of control number e: its states clustered into K by k-means, transitions and outputs by vote.
 
-    As automata have been read out of networks since Giles et al. (1992); the outputs that vote are the network's own.
-    What no string showed stays undefined.
+    As automata have been read out of networks since Giles et al. (1992); the outputs that vote are the network's own. Where
+    no string showed a transition, it is the network's own step from the middle of the cluster.
     """
     from sklearn.cluster import KMeans
 
     tokens = machine.sample_batch(generator, strings, length).tokens
     many = tokens.to(model.codebook.device).expand(len(model), -1, -1)
-    states = model.continuous(many)[e, :, 1:].flatten(0, 1).cpu().numpy()
-    K = model.config.num_codes
-    codes = torch.from_numpy(KMeans(K, n_init=1, random_state=0).fit_predict(states)).long().view(tokens.shape)
-    return vote(codes, tokens, say_continuous(model, many)[e].cpu(), K, machine.vocab_size).automaton
+    states, K, V = model.continuous(many)[e].cpu(), model.config.num_codes, machine.vocab_size
+    found = KMeans(K, n_init=1, random_state=0).fit(states[:, 1:].flatten(0, 1).numpy())
+    codes = torch.from_numpy(found.labels_).long().view(tokens.shape)
+    automaton = vote(codes, tokens, say_continuous(model, many)[e].cpu(), K, V).automaton
+    middles = torch.cat([torch.from_numpy(found.cluster_centers_), states[:1, 0]]).repeat_interleave(V, 0)  # ((K+1)·V, D)
+    from_middle = model.step_continuous(middles.to(many.device).expand(len(model), -1, -1),
+                                        torch.arange(V, device=many.device).repeat(K + 1).expand(len(model), -1))  # fmt: skip
+    own = torch.from_numpy(found.predict(from_middle[e].cpu().numpy())).long().view(K + 1, V)
+    return automaton._replace(transition=torch.where(automaton.transition == UNDEFINED, own, automaton.transition))
 
 
 class Moved(NamedTuple):
