@@ -146,7 +146,8 @@ class Bottleneck(nn.Module):
         noisy = logits.detach()
         if self.training:
             self._follow(flat, choose(noisy, 1)[:, 0])
-            noisy = noisy + self.temperature * gumbel_like(noisy)
+            if self.temperature > 0:  # to draw noise for nothing takes longer than all else, with many codes
+                noisy = noisy + self.temperature * gumbel_like(noisy)
         indices = choose(noisy, k)  # (N, k)
         output = F.embedding_bag(indices, self.codebook, mode="mean")
         if self.training:
