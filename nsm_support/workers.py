@@ -57,7 +57,9 @@ def run_all(function: Callable[[Any], Any], runs: Iterable[Any], workers: int = 
                            disable="NSM_BOOK_RUN" in os.environ):  # fmt: skip
             future.result()
     except BaseException:  # an interrupt may have ended workers: the next call gets new ones
-        _pool(workers).shutdown(wait=False, cancel_futures=True)
-        _pool.cache_clear()
+        try:
+            _pool(workers).shutdown(wait=False, cancel_futures=True)
+        finally:  # also if it comes only now, after the workers' end
+            _pool.cache_clear()
         raise
     return [future.result() for future in futures]
