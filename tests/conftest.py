@@ -13,6 +13,17 @@ SMALL = Path(__file__).parent / "small_book"
 COPIED = ("nsm_support", "profiles", "Snakefile", "_config.yml", "requirements.txt", "constraints.txt")
 
 
+HEAD = """---
+jupytext:
+  formats: ipynb,md:myst
+kernelspec:
+  name: python3
+  display_name: Python 3
+  language: python
+---
+"""  # of a page that a test writes
+
+
 class Checkout:
     """A copy of the project in a folder of its own, holding the small book."""
 

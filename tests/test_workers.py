@@ -24,7 +24,7 @@ def test_each_run_has_one_thread():
     assert run_all(operator.methodcaller("__call__"), [torch.get_num_threads] * 2) == [1, 1]
 
 
-def test_the_first_error_ends_the_call_and_the_pool_lives_on():
+def test_the_first_error_ends_the_call_and_the_next_call_works():
     with pytest.raises(ValueError, match="factorial"):
         run_all(math.factorial, [1, -1, 2])
     assert run_all(math.factorial, [3]) == [6]

@@ -1,22 +1,19 @@
-"""Gates compared: each on the same sidecars, tuned alike, at the same mean α; and the interval of what sets them apart.
+"""Gates compared: each on the same sidecars, tuned alike, at the same mean α.
 
 `compare_gate` is a function of one run, which `nsm_support.workers` can call. Runs of one base model and seed begin with
 the same sidecars and see the same batches, whatever their gate.
 
-Letters: L layers, C held-out chapters, T tokens of a window.
+Letters: L layers, T tokens of a window.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Generator, Tensor
 
 from ..data import window_sampler
-from ..statistics import Estimate
 from ..training import TrainingConfig
 from .gates import MODES, Gate
 from .hybrid import GatedHybridLayer, calibrate, detach, tune
@@ -135,28 +132,3 @@ def compare_gate(run: GateRun) -> dict[str, Any]:
         "before": before, "after": score(model, text.test) if run.steps else before, "batches": seen,
         "threshold": [gate.threshold.item() for gate in gates], "calibrated": list(reached.values()),
     }  # fmt: skip
-
-
-def crossed_interval(differences: ArrayLike) -> Estimate:
-    """Mean and a cautious 95 % interval of paired differences [bases, seeds, C], of which C chapters are the same for all.
-
-    Two things vary: which base models were trained, and which chapters were held out. The variance of the mean is taken
-    as that of the bases' means over their number plus that of the chapters' means over theirs (what both share is counted
-    twice), and the interval is Student's with as many degrees of freedom as there are bases, less one: too wide rather
-    than too narrow. Seeds of one base are not independent and are averaged first; with a single base the seeds take the
-    place of the bases, and the interval says nothing about other base models.
-
-    Returns:
-        n is the number of runs, bases times seeds. Raises ValueError for another shape, fewer than 2 runs or chapters, or
-        values that are not finite.
-    """
-    from scipy.special import stdtrit
-
-    values = np.asarray(differences, dtype=np.float64)
-    if values.ndim != 3 or values.shape[0] * values.shape[1] < 2 or values.shape[2] < 2 or not np.isfinite(values).all():
-        raise ValueError(f"differences are finite, [bases, seeds, chapters], 2 runs and chapters at least; got {values.shape}")
-    units = values.mean((1, 2)) if len(values) > 1 else values[0].mean(1)
-    chapters = values.mean((0, 1))
-    variance = units.var(ddof=1) / len(units) + chapters.var(ddof=1) / len(chapters)
-    mean, half = float(values.mean()), float(stdtrit(len(units) - 1, 0.975) * np.sqrt(variance))
-    return Estimate(mean, mean - half, mean + half, values.shape[0] * values.shape[1])

@@ -13,18 +13,10 @@ import jupytext
 import pytest
 import yaml
 
-from tests.conftest import Checkout
+from tests.conftest import HEAD, Checkout
 
 PAGES = [f"group/page{i}" for i in range(6)]
-PAGE = """---
-jupytext:
-  formats: ipynb,md:myst
-kernelspec:
-  name: python3
-  display_name: Python 3
-  language: python
----
-
+PAGE = HEAD + """
 # Page {i}
 
 ```{{code-cell}} python3

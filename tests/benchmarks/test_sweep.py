@@ -14,18 +14,10 @@ import jupytext
 import psutil
 import pytest
 
-from tests.conftest import Checkout
+from tests.conftest import HEAD, Checkout
 
 IMPORTS = "import plotly.graph_objects\nimport seaborn\nimport torch"
-PAGE = """---
-jupytext:
-  formats: ipynb,md:myst
-kernelspec:
-  name: python3
-  display_name: Python 3
-  language: python
----
-
+PAGE = HEAD + """
 # A page
 
 ```{{code-cell}} python3
