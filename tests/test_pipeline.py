@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,69 @@ def test_built_page_holds_its_numbers_box_and_profile(built):
     assert "nsm-book run group/first --profile quick -o runs" in page
     assert "The mean is 3.00, and the question is supported." in words(built, "intro")
     assert "how many numbers" in words(built, "reference/parameters")
+
+
+def test_the_ledger_leads_to_the_section_that_answers(built):
+    page = (built.folder / "_build/html/results/claims.html").read_text()
+    assert "../group/first.html#claim-positive" in page and "1 supported" in words(built, "results/claims")
+    assert 'id="claim-positive"' in (built.folder / "_build/html/group/first.html").read_text()
+    assert "not re-run" in words(built, "results/runs")
+    assert "There is no sweep" in words(built, "results/compare")
+
+
+def test_a_verdict_typed_by_hand_is_not_published(copy):
+    copy.edit("book/group/first.md", "{glue:text}`positive_verdict`.", "*supported*.")
+    code, output = copy.book("build")
+    assert code == 1 and "group/first, cell 7 (The mean is" in output and "*supported* is typed by hand" in output
+    copy.edit("book/group/first.md", "*supported*.", "above zero.")
+    code, output = copy.book("build")
+    assert code == 1 and "group/first: no sentence says how 'positive' came out" in output
+
+
+def test_running_the_pages_again_is_kept_and_told(copy):
+    """What `make test` does with nbval: the record is of whole pages, and of the run that was compared."""
+    (copy.folder / "tests").mkdir()
+    shutil.copy(Path(__file__).with_name("nbval_kernels.py"), copy.folder / "tests")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.nbval_kernels", "--nbval-lax", "--nbval-current-env", "-q",
+               "-p", "no:cacheprovider", "-n", "2", "--dist", "loadscope", "_build/runs/quick"]
+
+    def again(*more: str) -> dict:
+        done = subprocess.run([*command, *more], cwd=copy.folder, env=copy.environment(), capture_output=True, text=True)
+        record = copy.folder / "_build/nbval/quick.json"
+        return json.loads(record.read_text()) if record.exists() else done.stdout + done.stderr
+
+    assert again("-k", "Cell and 0") == {}  # no page was run to its end
+    second = copy.run("group/second")
+    second.write_text(second.read_text().replace('record/text/plain": "14.0"', 'record/text/plain": "15.0"'))
+    found = again()
+    assert {name: (entry["same"], entry["cells"]) for name, entry in found.items()} == {
+        "group/first": (True, 1), "group/second": (False, 1)}
+    assert copy.book("build")[0] == 0
+    told = words(copy, "results/runs")
+    assert "same, 1 cells" in told and "OTHER NUMBERS" in told and "not re-run" not in told
+    copy.edit("book/group/second.md", "It reads what", "It also reads what")
+    assert copy.book("build")[0] == 0
+    told = words(copy, "results/runs")
+    assert "same, 1 cells" in told and "OTHER NUMBERS" not in told and "not re-run" in told
+
+
+def test_a_sweep_is_drawn_with_links_to_its_notebooks(copy):
+    (copy.folder / "book/sweeps").mkdir()
+    (copy.folder / "book/sweeps/grow.yml").write_text("page: group/first\nprofile: quick\ngrid: {count: [3, 5]}\n")
+    assert copy.book("build")[0] == 0
+    assert "nsm-book sweep grow" in words(copy, "results/compare")
+    code, output = copy.book("sweep", "grow")
+    assert code == 0, output
+    code, output = copy.book("build")
+    assert code == 0 and "to run" not in output  # no page runs again, and yet the site is a new one
+    site = copy.folder / "_build/html"
+    page = (site / "results/compare.html").read_text()
+    links = set(re.findall(r'href="(\.\./sweeps/grow/\w+\.ipynb)"', page))
+    assert len(links) == 2 and "2 runs of" in words(copy, "results/compare")
+    for link in links:
+        there = site / "results" / link
+        original = copy.folder / "_build/sweeps/grow" / there.stem / "run.ipynb"
+        assert there.read_bytes() == original.read_bytes() and link in (site / "results/runs.html").read_text()
 
 
 def test_links_to_executed_pages_lead_to_them(built):
@@ -323,7 +387,7 @@ def test_a_damaged_product_is_made_again(copy):
 
 def test_verify_refuses_a_site_that_is_old_or_not_whole(copy):
     commit = json.loads((copy.folder / "_build/html/build.json").read_text())["pages"]["group/first"]["commit"]
-    assert copy.book("verify", "--commit", commit) == (0, "whole and new: 4 pages\n")
+    assert copy.book("verify", "--commit", commit) == (0, "whole and new: 7 pages\n")
     code, output = copy.book("verify", "--profile", "full", "--commit", "0123456789abcdef")
     assert code == 1 and "of the quick profile, not full" in output and "not at 0123456789ab" in output
     (copy.folder / "_build/html/group/second.html").unlink()

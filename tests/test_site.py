@@ -102,7 +102,7 @@ def test_every_figure_is_really_drawn(chromium, address, name):
     page.context.close()
 
 
-@pytest.mark.parametrize("name", [n for n in PAGES if (ROOT / "book" / f"{n}.md").exists()])
+@pytest.mark.parametrize("name", PAGES)
 def test_still_twin_stands_in_without_script(chromium, address, name):
     page, _, _ = opened(chromium, f"{address}{name}.html", script=False)
     plots = page.locator(".nsm-figure:has(.nsm-data)")
@@ -213,3 +213,17 @@ def test_every_page_names_its_profile_and_its_run():
         if "this-run" in text:
             assert re.search(r"(Quick|Full) profile", text), name
             assert f"nsm-book run {name} --profile" in re.sub(r"<[^>]+>", "", text), name
+
+
+def test_the_ledger_is_drawn_and_leads_to_its_sections(chromium, address):
+    """On a phone: every strip is wide enough to read, and every question leads to a section that is there."""
+    page, _, _ = opened(chromium, f"{address}results/claims.html", width=390)
+    strips = page.locator(".nsm-ledger svg")
+    asked = yaml.safe_load((ROOT / "book" / "claims.yml").read_text())
+    assert strips.count() == len(asked) == page.locator(".nsm-answers dt").count()
+    for i in range(strips.count()):
+        assert strips.nth(i).bounding_box()["width"] > 100 and strips.nth(i).locator("path").count() >= 3
+    page.locator(".nsm-answers dt a").first.click()
+    anchor = page.evaluate("location.hash.slice(1)")
+    assert anchor.startswith("claim-") and page.locator(f"#{anchor}").count() == 1
+    page.context.close()

@@ -40,9 +40,19 @@
     const live = figure.querySelector(".nsm-live"), Plotly = await plotly();
     const changes = data.frames[chosen(figure)] || [];
     const traces = data.figure.data.map((trace, i) => Object.assign({}, trace, changes[i]));
+    const layout = Object.assign({}, data.figure.layout, changes[traces.length]);  // one change more is the layout's
     live.classList.add("nsm-drawn");
     figure.querySelector(".nsm-still").classList.add("nsm-replaced");
-    await Plotly.react(live, traces, themed(data.figure.layout), { responsive: true, displayModeBar: false });
+    await Plotly.react(live, traces, themed(layout), { responsive: true, displayModeBar: false });
+    if (figure.nsmLinks) return;
+    figure.nsmLinks = true;
+    live.on("plotly_click", (event) => {  // the point of a sweep: its notebook, or its line in the table
+      const there = event.points[0].customdata;
+      if (typeof there !== "string" || !/^(#|\.\.\/sweeps\/)[\w./-]+$/.test(there)) return;
+      const fold = there[0] === "#" && document.getElementById(there.slice(1));
+      if (fold) fold.closest("details").open = true;
+      location.href = there;
+    });
   }
 
   const near = new IntersectionObserver((entries) => {

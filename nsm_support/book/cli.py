@@ -77,6 +77,27 @@ def sweep(name, jobs, profile_dir):
 
 
 @main.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+def diff(first, second):
+    """Compare two result stores: profiles, sweeps, results.json or .parquet files, folders of runs.
+
+    Exit code 0: no verdict changed and no value moved beyond its interval in A; 1: some did; 2: refused.
+    """
+    from rich.console import Console
+
+    from nsm_support.book import diff
+
+    try:
+        found = diff.compare(diff.read_store(first), diff.read_store(second))
+    except BookError as error:
+        click.echo(f"nsm-book: {error}", err=True)
+        sys.exit(2)
+    diff.show(found, first, second, Console(width=None if sys.stdout.isatty() else 160))
+    sys.exit(found.matters)
+
+
+@main.command()
 @click.argument("page", required=False)
 def params(page):
     """List the parameters of a page, or of every page: type, default, meaning."""

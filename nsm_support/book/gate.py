@@ -4,11 +4,16 @@ import re
 
 import nbformat
 
+from nsm_support.book import claims
 from nsm_support.book.fingerprint import record as record_of
 from nsm_support.book.pages import Page
 
 GLUE_ROLE = re.compile(r"\{glue:\w*\}`([^`:]+)(?::[^`]*)?`")
 PLOTLY = "application/vnd.plotly.v1+json"
+CODE = re.compile(r"^(`{3,})(?!\{).*?^\1|(?<!`)(`{1,2})(?!`).+?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE)
+WORDS = r"(?:[^*_]{0,80}?[^\w*_])?(?:supported|refuted|undecided)(?:[^\w*_][^*_]{0,80}?)?"
+TYPED = re.compile(rf"(?<![\w*])\*{{1,3}}(?=[^\s*]){WORDS}(?<=[^\s*])\*{{1,3}}(?![\w*])"
+                   rf"|(?<!\w)_{{1,2}}(?=[^\s_]){WORDS}(?<=[^\s_])_{{1,2}}(?!\w)", re.IGNORECASE)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 __all__ = ["glued", "mark_for_comparison", "problems", "record_of"]
 
@@ -43,6 +48,11 @@ def output_problem(output: nbformat.NotebookNode) -> str | None:
     return None
 
 
+def typed_verdicts(cell: nbformat.NotebookNode) -> list[str]:
+    """Verdicts that a hand wrote into a sentence, emphasised as only those of a run are."""
+    return TYPED.findall(CODE.sub("", cell.source)) if cell.cell_type == "markdown" else []
+
+
 def problems(notebook: nbformat.NotebookNode, page: Page, prose: bool = True) -> list[str]:
     """Everything that keeps an executed page from being published, each with its page and cell.
 
@@ -58,6 +68,11 @@ def problems(notebook: nbformat.NotebookNode, page: Page, prose: bool = True) ->
     if prose and not found:
         found = [f"{where[id(cell)]}: no cell glues {key!r}" for cell in cells if cell.cell_type == "markdown"
                  for key in GLUE_ROLE.findall(cell.source) if key not in keys]
+        found += [f"{where[id(cell)]}: {word} is typed by hand: a verdict accepts *{{glue:text}}`ID_verdict`*, and a word that "
+                  "is only spoken of no emphasis" for cell in cells for word in typed_verdicts(cell)]
+    if prose and not found:
+        said = {key for cell in cells if cell.cell_type == "markdown" for key in GLUE_ROLE.findall(cell.source)}
+        found = claims.unanswered(page.name, keys, said)
     if notebook.metadata.get("papermill", {}).get("exception") and not found:
         found.append(f"{page.name}: papermill reports an exception that no cell shows")
     return found

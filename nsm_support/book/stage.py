@@ -16,9 +16,9 @@ from typing import Any
 import nbformat
 import yaml
 
-from nsm_support.book import BookError, claims, collect, gate
+from nsm_support.book import BookError, claims, collect, compare, gate, ledger, reference, runs, swept
 from nsm_support.book.fingerprint import differences, digest, record
-from nsm_support.book.pages import BOOK, BUILD, Page, page, pages, parameters, profile_parameters, read, unknown
+from nsm_support.book.pages import BOOK, BUILD, Page, page, pages, read_yaml, unknown
 from nsm_support.results import ROOT
 
 SITE = BUILD / "html"
@@ -32,6 +32,15 @@ BANNER = {
 }
 
 
+# The pages that are made from the runs of all others, each from the profile and the pages' records.
+MADE = {
+    "results/claims": lambda profile, records: ledger.ledger_page(records, toc_pages()),
+    "results/compare": lambda profile, records: compare.compare_page(),
+    "results/runs": lambda profile, records: runs.runs_page(profile, records, toc_pages()),
+    "reference/parameters": lambda profile, records: reference.parameter_page(),
+}
+
+
 def toc_pages() -> list[str]:
     """All pages of `_toc.yml`, in the reader's order."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
@@ -39,12 +48,14 @@ def toc_pages() -> list[str]:
     return [toc["root"], *chapters]
 
 
-def ingredients() -> str:
-    """One hash of every file that the site is made from, besides the runs: prose, assets, settings, the package."""
+def ingredients(profile: str) -> str:
+    """One hash of every file that the site is made from, besides the runs: prose, assets, settings, the package, the tables
+    of sweeps, what running the pages again has found."""
     sources = {entry.source for entry in pages().values()}
     kinds = {".md", ".bib", ".yml", ".json", ".css", ".js", ".svg", ".png", ".ico"}
     files = [path for path in BOOK.rglob("*") if path.suffix in kinds and path not in sources and path.is_file()]
     files += [*ROOT.glob("nsm_support/**/*.py"), ROOT / "_config.yml", ROOT / "_toc.yml"]
+    files += [*(BUILD / "sweeps").glob("*.parquet"), *filter(Path.exists, [runs.rerun_record(profile)])]
     each = [f"{path.relative_to(ROOT)} {digest(path)}" for path in sorted(files)]
     return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
@@ -52,7 +63,7 @@ def ingredients() -> str:
 def drop_stale_site(profile: str) -> None:
     """Let the site be rendered again if anything that it is made from is not what it was when it was rendered."""
     path = BUILD / "sites" / f"{profile}.json"
-    if path.exists() and json.loads(path.read_text()).get("ingredients") != ingredients():
+    if path.exists() and json.loads(path.read_text()).get("ingredients") != ingredients(profile):
         path.unlink()
 
 
@@ -99,23 +110,6 @@ def fill(text: str, records: dict[str, dict[str, Any]], where: str) -> str:
     return FOREIGN.sub(value, text)
 
 
-def parameter_page() -> str:
-    """`reference/parameters`: every parameter of every page, and what the quick profile makes of it."""
-    lines = ["# Parameters", "", "Every executable page can be run with other values: "
-             "`nsm-book run PAGE -p NAME VALUE -o DIR`. The default is the published value; "
-             "the quick profile changes the ones in its column.", ""]
-    for entry in pages().values():
-        quick = profile_parameters(entry, "quick")
-        title = read(entry).cells[0].source.splitlines()[0].lstrip("# ")
-        lines += [f"## {title}", "", f"`nsm-book run {entry.name}`", "", "| name | type | default | quick | meaning |", "|---|---|---|---|---|"]
-        for p in parameters(entry).values():
-            kind = p.type.replace("|", "\\|")
-            changed = f"`{quick[p.name]!r}`" if p.name in quick else "–"
-            lines.append(f"| `{p.name}` | `{kind}` | `{p.default!r}` | {changed} | {p.meaning} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 def stage_page(entry: Page, profile: str, folder: Path) -> None:
     """Put one executed page into the folder that Sphinx reads, if it may be published.
 
@@ -137,6 +131,7 @@ def stage_page(entry: Page, profile: str, folder: Path) -> None:
             cell.source = linked(cell.source, entry.name)
     first = notebook.cells[0]
     first.source = with_banner(first.source, profile)
+    ledger.anchored(notebook, [claim["id"] for claim in read_yaml("claims.yml") if claim["page"] == entry.name])
     write_if_changed(folder / f"{entry.name}.ipynb", nbformat.writes(notebook) + "\n")
 
 
@@ -153,12 +148,11 @@ def stage(profile: str) -> Path:
         try:
             if name in pages():
                 stage_page(page(name), profile, folder)
-            elif name == "reference/parameters":
-                write_if_changed(folder / f"{name}.md", parameter_page())
             else:
-                source = (BOOK / f"{name}.md").read_text()
+                source = MADE[name](profile, records) if name in MADE else (BOOK / f"{name}.md").read_text()
                 text = linked(fill(source, records, f"book/{name}.md"), name)
-                write_if_changed(folder / f"{name}.md", with_banner(text, profile) if FOREIGN.search(source) else text)
+                has_numbers = FOREIGN.search(source) or name in ("results/claims", "results/runs")
+                write_if_changed(folder / f"{name}.md", with_banner(text, profile) if has_numbers else text)
         except BookError as error:
             refused.append(str(error))
         except FileNotFoundError as error:
@@ -209,7 +203,8 @@ def render(folder: Path, profile: str) -> Path:
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     unfinished.touch()
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(folder),
-               "--config", str(ROOT / "_config.yml"), "--toc", str(ROOT / "_toc.yml"), "--path-output", str(work), "-W", "-n", "--keep-going", "-q"]
+               "--config", str(ROOT / "_config.yml"), "--toc", str(ROOT / "_toc.yml"), "--path-output", str(work), "-W", "-n",
+               "--keep-going", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
     if done.returncode:
         raise BookError(f"jupyter-book refused the book:\n{done.stderr[-6000:] or done.stdout[-6000:]}")
@@ -239,9 +234,10 @@ def mend(folder: Path) -> None:
 
 def publish(profile: str) -> Path:
     """Render the staged book and keep it, whole, beside the one that is open; return its folder."""
-    before = ingredients()
+    before = ingredients(profile)
     rendered = render(stage(profile), profile)
     mend(rendered)
+    swept.copy_notebooks(rendered)
     card = {"profile": profile, "built": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "pages": {name: record(entry.run(profile)) for name, entry in pages().items()}}
     stamp = json.dumps(card, sort_keys=True)

@@ -1,0 +1,67 @@
+"""`results/compare`: each sweep as lines with intervals, as a heatmap and as a table; every point leads to its notebook."""
+
+from nsm_support.book.markup import Cell, folded, number, raw, table
+from nsm_support.book.series import Choice, choices, measured, measures, told_apart, value_of
+from nsm_support.book.swept import MOST_RUNS, Row, Swept, read_all
+from nsm_support.book.table import sweeps
+
+MOST_FRAMES = 4_000  # choices of parameters times measures
+
+
+def summary(rows: list[Row]) -> tuple[list[Choice], list[str], int]:
+    """The choices and measures that the page draws, and how many choices it leaves to the table."""
+    all_choices, names = choices(rows), measures(rows)
+    kept = all_choices[:max(1, MOST_FRAMES // len(names))]
+    return kept, names, len(all_choices) - len(kept)
+
+
+def sweep_part(swept: Swept, number_of: int) -> list[str]:
+    """The section of one sweep."""
+    from nsm_support.book import drawings
+
+    rows = [row for row in swept.rows if row.status == "done"]
+    failed, old = len(swept.rows) - len(rows), sum(not row.today for row in rows)
+    lines = [f"## {swept.name}", "", f"{len(rows)} runs of [](../{swept.page.name}.md), in the {swept.rows[0].profile} profile"
+             + (f"; {failed} failed" if failed else "") + f". `nsm-book sweep {swept.name}` runs what is missing.", ""]
+    if swept.large:
+        return [*lines, f"This page shows at most {MOST_RUNS} runs of a sweep; all lie in `_build/sweeps/{swept.name}.parquet`.",
+                ""]
+    if old:
+        lines += [f"**{old} of these runs are of an earlier version of the page**: the same command brings them up to date.", ""]
+    if not rows:
+        return lines
+    kept, names, left = summary(rows)
+    if left:
+        lines += [f"{left} settings with the fewest runs are not drawn; the table has all.", ""]
+    for figure in drawings.drawings(swept, rows, kept, names, f"sweep-{number_of}"):
+        lines += [raw(figure), ""]
+    return [*lines, raw(run_table(swept, names)), ""]
+
+
+def run_table(swept: Swept, names: list[str]) -> str:
+    """Every run, with every measure."""
+    given, rows = told_apart(swept.rows), []
+    for row in swept.rows:
+        rows.append([Cell(row.id, swept.notebook(row), swept.place(row)), row.status, *(value_of(row, name) for name in given),
+                     *(number(measured(row, name)) for name in names)])
+    head = ["executed notebook", "status", *given, *names]
+    return folded(f"All {len(rows)} runs as a table", table(head, rows, f"Runs of the sweep {swept.name}, with every measure"))
+
+
+def compare_page() -> str:
+    """The text of the page."""
+    found = read_all()
+    waiting = [name for name in sweeps() if name not in {swept.name for swept in found}]
+    lines = ["# Compare runs", "",
+             "A sweep runs one page with many values of its parameters: `nsm-book sweep NAME`. Each sweep below is drawn from "
+             "its own runs: choose what lies along the axis, what has a line of its own, and which of the page's numbers is "
+             "measured. Every point leads to the notebook that was executed for it, or, where it is a mean, to the first of "
+             "its runs in the table.", ""]
+    for index, swept in enumerate(found, start=1):
+        lines += sweep_part(swept, index)
+    if waiting:
+        lines += ["## Not run yet", "", "These tables of runs lie in `book/sweeps`; each line runs one, and the next "
+                  "`make book` draws it here.", "", "```bash", *(f"nsm-book sweep {name}" for name in waiting), "```", ""]
+    if not found and not waiting:
+        lines += ["There is no sweep in `book/sweeps` yet.", ""]
+    return "\n".join(lines)

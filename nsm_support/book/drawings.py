@@ -1,0 +1,176 @@
+"""The drawings of a sweep: lines with intervals and a heatmap, each with native controls, a still twin and words."""
+
+import html
+from typing import Any
+
+from nsm_support.book.markup import number
+from nsm_support.book.series import Choice, Point, in_order, points
+from nsm_support.book.swept import Row, Swept
+from nsm_support.figures import PALETTE
+
+CELLS = 12  # rows and columns of a heatmap up to which every cell has room for its number
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
+STILL = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+STILL_SYMBOLS = "osD^xP*"
+
+
+def safe(text: str) -> str:
+    """Text that plotly shows as it stands: it reads markup in labels."""
+    return html.escape(text)
+
+
+def link(swept: Swept, point: Point) -> str:
+    """Where a point leads: the notebook of its one run, or the table's line of its first."""
+    notebook = swept.notebook(point.rows[0]) if len(point.rows) == 1 else None
+    return notebook or f"#{swept.place(point.rows[0])}"
+
+
+def told(point: Point) -> str:
+    """A point in words."""
+    interval = "" if point.low is None or point.high is None else f", {number(point.low)} to {number(point.high)}"
+    return f"{number(point.mean)}{interval} (n = {len(point.rows)})"
+
+
+def style(index: int) -> dict[str, str]:
+    """Colour, dash and mark of the line with this number; 84 lines look different."""
+    return {"color": PALETTE[index % len(PALETTE)], "dash": DASHES[index // len(PALETTE) % len(DASHES)],
+            "symbol": SYMBOLS[index % len(SYMBOLS)]}
+
+
+def axis(name: str, values: list[str]) -> dict[str, Any]:
+    return {"title": {"text": safe(name)}, "type": "category", "categoryorder": "array",
+            "categoryarray": [safe(value) for value in values]}
+
+
+def line_frame(swept: Swept, rows: list[Row], choice: Choice, measure: str, most: int) -> list[dict[str, Any]]:
+    """What each of `most` traces shows for one choice and measure, and the layout behind the last."""
+    found, along = points(rows, choice, measure), in_order(rows, choice.along)
+    traces = []
+    for value in in_order(rows, choice.line):
+        line = [(safe(x), found[value, x]) for x in along if (value, x) in found]
+        spans = [(0.0, 0.0) if p.low is None or p.high is None else (p.high - p.mean, p.mean - p.low) for _, p in line]
+        name = safe(f"{choice.line} = {value}" if choice.line else measure)
+        traces.append({
+            "x": [x for x, _ in line], "y": [p.mean for _, p in line], "visible": bool(line), "name": name,
+            "error_y": {"type": "data", "symmetric": False, "array": [up for up, _ in spans],
+                        "arrayminus": [down for _, down in spans]},
+            "customdata": [link(swept, p) for _, p in line], "text": [told(p) for _, p in line],
+            "hovertemplate": f"{safe(choice.along)} = %{{x}}<br>{safe(measure)}: %{{text}}<extra>{name}</extra>"})
+    traces += [{"x": [], "y": [], "visible": False}] * (most - len(traces))
+    return [*traces, {"xaxis": axis(choice.along, along), "yaxis": {"title": {"text": safe(measure)}}}]
+
+
+def grid_frame(swept: Swept, rows: list[Row], choice: Choice, measure: str) -> list[dict[str, Any]]:
+    """What the heatmap shows for one choice and measure, and the layout behind it."""
+    found = points(rows, choice, measure)
+    along, across = in_order(rows, choice.along), in_order(rows, choice.line)
+    cells = [[found.get((value, x)) for x in along] for value in across]
+    small = len(along) <= CELLS and len(across) <= CELLS
+    return [{
+        "x": [safe(x) for x in along], "y": [safe(value) for value in across],
+        "z": [[p and p.mean for p in line] for line in cells],
+        "customdata": [[p and link(swept, p) for p in line] for line in cells],
+        "text": [[number(p.mean) if p else "" for p in line] for line in cells], "texttemplate": "%{text}" if small else "",
+        "colorbar": {"title": {"text": safe(measure), "side": "right"}},
+        "hovertemplate": f"{safe(choice.along)} = %{{x}}<br>{safe(choice.line)} = %{{y}}<br>"
+                         f"{safe(measure)}: %{{z}}<extra></extra>",
+    }, {"xaxis": axis(choice.along, along), "yaxis": axis(choice.line, across)}]
+
+
+def still_lines(rows: list[Row], choice: Choice, measure: str):
+    """The first drawing, by Matplotlib."""
+    figure, axes = _still()
+    found, along = points(rows, choice, measure), in_order(rows, choice.along)
+    for index, value in enumerate(in_order(rows, choice.line)):
+        line = [(along.index(x), found[value, x]) for x in along if (value, x) in found]
+        spans = [(0.0, 0.0) if p.low is None or p.high is None else (p.mean - p.low, p.high - p.mean) for _, p in line]
+        look = style(index)
+        axes.errorbar([x for x, _ in line], [p.mean for _, p in line], [*zip(*spans, strict=True)] or None, capsize=3,
+                      color=look["color"], linestyle=STILL[look["dash"]], marker=STILL_SYMBOLS[SYMBOLS.index(look["symbol"])],
+                      label=f"{choice.line} = {value}".replace("$", r"\$"))
+    axes.set_xticks(range(len(along)), [x.replace("$", r"\$") for x in along])
+    axes.set(xlabel=choice.along, ylabel=measure)
+    if choice.line:
+        axes.legend(fontsize="small")
+    return figure
+
+
+def still_grid(rows: list[Row], choice: Choice, measure: str):
+    """The first heatmap, by Matplotlib."""
+    figure, axes = _still()
+    found = points(rows, choice, measure)
+    along, across = in_order(rows, choice.along), in_order(rows, choice.line)
+    cells = [[found[value, x].mean if (value, x) in found else float("nan") for x in along] for value in across]
+    figure.colorbar(axes.pcolormesh(cells), ax=axes, label=measure)
+    axes.set_xticks([i + 0.5 for i in range(len(along))], [x.replace("$", r"\$") for x in along])
+    axes.set_yticks([i + 0.5 for i in range(len(across))], [value.replace("$", r"\$") for value in across])
+    axes.set(xlabel=choice.along, ylabel=choice.line)
+    return figure
+
+
+def _still():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    return figure, figure.add_subplot()
+
+
+def drawings(swept: Swept, rows: list[Row], kept: list[Choice], names: list[str], name: str) -> list[str]:
+    """The figures of a sweep as HTML: lines, and a heatmap if two parameters differ.
+
+    Args:
+        rows: the runs that are done.
+        kept: the choices of parameters; the first is shown first.
+        names: the measures; the first is shown first.
+        name: what the figures' names begin with.
+    """
+    import matplotlib
+    import plotly.graph_objects as go
+
+    from nsm_support.figures import setup_style
+
+    most = max(len(in_order(rows, choice.line)) for choice in kept)
+    base = []
+    for look in map(style, range(most)):
+        base.append(go.Scatter(mode="lines+markers", line={key: look[key] for key in ("color", "dash")},
+                               marker={"symbol": look["symbol"], "size": 9}, error_y={"color": look["color"]}))
+    seeds = sum(len(point.rows) > 1 for point in points(rows, kept[0], names[0]).values())
+    spans = ("Student's 95 % interval over runs that differ by their seed alone" if seeds
+             else "the 95 % interval that the run itself reports over its seeds, where it does")
+    about = f"{len(rows)} runs of {swept.page.name}"
+    with matplotlib.rc_context():
+        setup_style()
+        found = [_figure(f"{name}-lines", go.Figure(base), still_lines(rows, kept[0], names[0]), kept, names,
+                         lambda choice, measure: line_frame(swept, rows, choice, measure, most),
+                         alt=f"Lines with intervals: {names[0]} along {kept[0].label()}, from {about}.",
+                         caption=f"{about}. A point is the mean of the runs at its place, its bar {spans}. "
+                                 "Click a point to open its executed notebook, or, of several runs, their lines in the table.")]
+        if kept[0].line:
+            found.append(_figure(f"{name}-grid", go.Figure(go.Heatmap(colorscale="Viridis")), still_grid(rows, kept[0], names[0]),
+                                 kept, names, lambda choice, measure: grid_frame(swept, rows, choice, measure),
+                                 alt=f"Heatmap: {names[0]} along {kept[0].label()}, from {about}.",
+                                 caption=f"The same means, as a map; blank where no run has been. {about}."))
+    return found
+
+
+def _figure(name: str, figure, still, kept: list[Choice], names: list[str], frame, *, alt: str, caption: str) -> str:
+    """One figure: what is chosen first in its traces, all else in its frames."""
+    from nsm_support.figures import _plotly
+
+    controls: dict[str, list[str]] = {}
+    if len(names) > 1:
+        controls["measure"] = names
+    if len(kept) > 1:
+        controls["parameters"] = [choice.label() for choice in kept]
+    *first, layout = frame(kept[0], names[0])
+    for trace, changes in zip(figure.data, first, strict=True):
+        trace.update(changes)
+    figure.update_layout({**layout, "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"}})
+    frames = {}
+    for measure in names:
+        for choice in kept:
+            key = tuple(chosen for label, chosen in (("measure", measure), ("parameters", choice.label())) if label in controls)
+            frames[key] = frame(choice, measure)
+    body, _ = _plotly(figure, name, alt, still, controls, frames if controls else {})
+    return (f'<figure class="nsm-figure" id="fig-{name}">{body}<figcaption>{html.escape(caption)}</figcaption></figure>')

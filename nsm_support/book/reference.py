@@ -1,0 +1,21 @@
+"""`reference/parameters`: every parameter of every page, and what the quick profile makes of it."""
+
+from nsm_support.book.pages import pages, parameters, profile_parameters, read
+
+
+def parameter_page() -> str:
+    """The text of the page."""
+    lines = ["# Parameters", "", "Every executable page can be run with other values: "
+             "`nsm-book run PAGE -p NAME VALUE -o DIR`. The default is the published value; "
+             "the quick profile changes the ones in its column.", ""]
+    for entry in pages().values():
+        quick = profile_parameters(entry, "quick")
+        title = read(entry).cells[0].source.splitlines()[0].lstrip("# ")
+        lines += [f"## {title}", "", f"`nsm-book run {entry.name}`", "", "| name | type | default | quick | meaning |",
+                  "|---|---|---|---|---|"]
+        for p in parameters(entry).values():
+            kind = p.type.replace("|", "\\|")
+            changed = f"`{quick[p.name]!r}`" if p.name in quick else "–"
+            lines.append(f"| `{p.name}` | `{kind}` | `{p.default!r}` | {changed} | {p.meaning} |")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""What the book's sweeps have left, read back for the pages that show it."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsm_support.book import BookError
+from nsm_support.book.fingerprint import digest, fingerprint
+from nsm_support.book.pages import BUILD, Page, page
+from nsm_support.book.table import sweeps
+
+NOTEBOOKS = "../sweeps"
+MOST_RUNS = 500  # of one sweep, that the site shows one by one: their notebooks lie in it
+FACTS = ("seconds", "peak_memory_mb", "device", "commit", "date")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One run of a sweep: its facts, and `None` for those that a failed run has not.
+
+    `whole` tells whether its executed notebook lies there as it was written; `today` whether its page would run the same way
+    now.
+    """
+
+    id: str
+    page: str
+    profile: str
+    status: str
+    facts: dict[str, Any]
+    parameters: dict[str, Any]
+    values: dict[str, Any]
+    versions: dict[str, str]
+    whole: bool
+    today: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Swept:
+    """A sweep that has a table: its page, and its runs in the table's order."""
+
+    name: str
+    page: Page
+    rows: list[Row] = field(hash=False)
+
+    @property
+    def large(self) -> bool:
+        """Whether there are too many runs to show each: then no run's own files were looked at."""
+        return len(self.rows) > MOST_RUNS
+
+    def notebook(self, row: Row) -> str | None:
+        """Where the executed notebook of a run lies, seen from the pages under `results`; None if there is none."""
+        return f"{NOTEBOOKS}/{self.name}/{row.id}.ipynb" if row.whole else None
+
+    def place(self, row: Row) -> str:
+        """What the table's line of a run is called on its page."""
+        return f"{self.name}-{row.id}"
+
+
+def software(run: dict[str, Any]) -> dict[str, str]:
+    """The versions that a run had, Python's and the machine's with them."""
+    return {**{name: run[name] for name in ("python", "platform") if name in run}, **run.get("versions", {})}
+
+
+def folder(name: str) -> Path:
+    return BUILD / "sweeps" / name
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a sweep's table.
+
+    Raises:
+        BookError: naming the file, if it is no such table or not whole.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BookError(f"{path}: is no whole Parquet file: {' '.join(str(error).split())[:200]}") from None
+    missing = [name for name in ("run", "page", "profile", "status", *FACTS) if rows and name not in rows[0]]
+    if missing or not rows:
+        raise BookError(f"{path}: is no table of a sweep: has no {', '.join(missing) or 'row'}")
+    return rows
+
+
+def _part(row: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def read_swept(name: str) -> Swept | None:
+    """What the sweep of that name has left; None if it has not run.
+
+    Raises:
+        BookError: as `read_table`, or if its page is gone.
+    """
+    path = folder(name).with_name(f"{name}.parquet")
+    if not path.exists():
+        return None
+    rows, today, entries = [], {}, read_table(path)
+    for entry in entries:
+        about, place = page(entry["page"]), folder(name) / entry["run"]
+        if entry["profile"] not in today:
+            today[entry["profile"]] = {**fingerprint(about, entry["profile"], {}), "parameters": None}
+        try:
+            (record,) = json.loads((place / "results.json").read_text()) if len(entries) <= MOST_RUNS else ({},)
+            whole = digest(place / "run.ipynb") == record["digest"]
+            same = {**record["fingerprint"], "parameters": None} == today[entry["profile"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            record, whole, same = {}, False, False
+        rows.append(Row(id=entry["run"], page=entry["page"], profile=entry["profile"], status=entry["status"],
+                        facts={fact: entry[fact] for fact in FACTS}, parameters=_part(entry, "parameters."),
+                        values=_part(entry, "values."), versions=software(record),
+                        whole=whole and entry["status"] == "done", today=same and entry["status"] == "done"))
+    return Swept(name=name, page=about, rows=rows)
+
+
+def read_all() -> list[Swept]:
+    """All sweeps of `book/sweeps` that have a table, by name."""
+    return [found for name in sweeps() if (found := read_swept(name))]
+
+
+def copy_notebooks(site: Path) -> None:
+    """Put the executed notebooks that the pages under `results` link to into a rendered site."""
+    for swept in read_all():
+        for row in swept.rows:
+            if link := swept.notebook(row):
+                target = (site / "results" / link).resolve()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder(swept.name) / row.id / "run.ipynb", target)
