@@ -1,7 +1,9 @@
 """A small book of its own for the pipeline's tests: real pages, real kernels, the project's own package."""
 
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +87,25 @@ def copy(built, tmp_path) -> Checkout:
     checkout.folder = tmp_path / "copy"
     shutil.copytree(built.folder, checkout.folder, symlinks=True)
     return checkout
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A Slurm of one node, on this machine."""
+    lacking = [name for name in ("slurmctld", "slurmd", "munged", "sinfo") if not shutil.which(name)]
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        lacking.append("snakemake-executor-plugin-slurm")
+    if os.geteuid():
+        lacking.append("root")
+    if lacking:
+        end = pytest.fail if os.environ.get("NSM_BOOK_NEED_SLURM") == "1" else pytest.skip
+        end(f"needs {', '.join(lacking)}: apt-get install slurm-wlm munge; pip install -r profiles/slurm/requirements.txt")
+    folder, conf = tmp_path / "slurm", Path("/etc/slurm/slurm.conf")
+    try:
+        subprocess.run([ROOT / "tests/slurm/start.sh", folder], check=True, timeout=60)
+        yield
+    finally:
+        for path in folder.glob("*.pid"):
+            os.kill(int(path.read_text()), signal.SIGTERM)
+        if conf.is_symlink() and conf.resolve() == (folder / "slurm.conf").resolve():
+            conf.unlink()
