@@ -1,11 +1,12 @@
 # make book    run every page and build the site (PROFILE=quick|full)      make test      every test but the benchmarks
 # make serve   open the site on loopback                                   make notebooks pair .ipynb beside the pages
-# make bench   the benchmarks                                              make clean     remove every run and the site
+# make rerun   run every page once more and compare its numbers             make bench     the benchmarks
+# make clean   remove every run and the site
 PROFILE ?= quick
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: book test serve notebooks bench clean
+.PHONY: book test rerun serve notebooks bench clean
 
 book: .venv/installed
 	@$(BIN)/nsm-book build --profile $(PROFILE)
@@ -18,6 +19,9 @@ book: .venv/installed
 
 test: book
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(MAKE) rerun
+
+rerun: book
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.nbval_kernels --nbval-lax --nbval-current-env -n 2 --dist loadscope _build/runs/$(PROFILE)
 
 serve: .venv/installed

@@ -68,7 +68,7 @@ if "plan" in config:  # a path, because Snakemake reads a sweep named `true` or 
             touch(f"{FOLDER}/steps/{{step}}"),
         threads: PAGE.cores
         resources:
-            mem_mb=PAGE.memory,
+            mem_mb=PAGE.memory * PLAN["at_once"],
             runtime=lambda wildcards: 1 + math.ceil(len(PLAN["steps"][wildcards.step]) * PAGE.budget[PROFILE] / 20),
         shell:
             f"{COMMAND} runs {NAME} {{wildcards.step}}"

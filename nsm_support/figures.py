@@ -126,7 +126,7 @@ def show(figure, *, name: str, alt: str, caption: str, still=None, controls: Map
         drawing, data = svg(figure, name), {}
         body = f'<div class="nsm-drawing" role="img" tabindex="0" aria-label="{html.escape(alt)}">{drawing}</div>'
     elif hasattr(figure, "to_plotly_json"):
-        body, data = _plotly(figure, name, alt, still, controls or {}, frames or {})
+        body, data = interactive(figure, name, alt, still, controls or {}, frames or {})
     else:
         raise TypeError(f"show({name!r}): accepts a Matplotlib or a plotly figure, got {type(figure).__name__}")
     text = f'<figure class="nsm-figure" id="fig-{name}">{body}<figcaption>{caption}</figcaption></figure>'
@@ -136,8 +136,11 @@ def show(figure, *, name: str, alt: str, caption: str, still=None, controls: Map
     _close(figure, still)
 
 
-def _plotly(figure, name: str, alt: str, still, controls, frames) -> tuple[str, dict[str, Any]]:
-    """The HTML of a plotly figure with its controls and its still twin, and its own MIME bundle."""
+def interactive(figure, name: str, alt: str, still, controls, frames) -> tuple[str, dict[str, Any]]:
+    """The HTML of a plotly figure with its controls and its still twin, and its own MIME bundle; arguments as of `show`.
+
+    Raises ValueError without a twin, or if controls and frames do not match.
+    """
     if still is None or not hasattr(still, "savefig"):
         raise ValueError(f"show({name!r}): a plotly figure needs still=, its twin drawn by Matplotlib")
     missing = [choice for choice in product(*controls.values()) if choice not in frames] if controls else list(frames)

@@ -156,7 +156,7 @@ def drawings(swept: Swept, rows: list[Row], kept: list[Choice], names: list[str]
 
 def _figure(name: str, figure, still, kept: list[Choice], names: list[str], frame, *, alt: str, caption: str) -> str:
     """One figure: what is chosen first in its traces, all else in its frames."""
-    from nsm_support.figures import _plotly
+    from nsm_support.figures import interactive
 
     controls: dict[str, list[str]] = {}
     if len(names) > 1:
@@ -172,5 +172,5 @@ def _figure(name: str, figure, still, kept: list[Choice], names: list[str], fram
         for choice in kept:
             key = tuple(chosen for label, chosen in (("measure", measure), ("parameters", choice.label())) if label in controls)
             frames[key] = frame(choice, measure)
-    body, _ = _plotly(figure, name, alt, still, controls, frames if controls else {})
+    body, _ = interactive(figure, name, alt, still, controls, frames if controls else {})
     return (f'<figure class="nsm-figure" id="fig-{name}">{body}<figcaption>{html.escape(caption)}</figcaption></figure>')

@@ -17,6 +17,7 @@ from nsm_support.book.pages import BUILD, Page, check, page, pages
 from nsm_support.book.table import Run, Sweep, read_sweep
 
 STEP_SECONDS = 60.0  # what a step takes at most, unless one run takes longer
+SHORT = 3.0  # seconds: a run that takes less waits for much of them, for its kernel to start and to end
 ROUNDS = 8  # steps that each job gets at least, so that all jobs end at about the same time
 
 
@@ -52,7 +53,7 @@ def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> None
     """Write down what Snakemake has to do: steps of a few runs each, of that many seconds a run."""
     size = max(1, min(int(STEP_SECONDS / max(seconds, 1e-3)), len(todo) // (ROUNDS * jobs)))
     slices = [todo[start:start + size] for start in range(0, len(todo), size)]
-    plan = {"page": sweep.page.name, "profile": sweep.profile,
+    plan = {"page": sweep.page.name, "profile": sweep.profile, "at_once": 2 if seconds < SHORT else 1,
             "steps": {f"{part[0].id}-{len(part)}": [run._asdict() for run in part] for part in slices}}
     shutil.rmtree(sweep.folder / "steps", ignore_errors=True)
     with collect.whole(sweep.folder / "plan.json") as path:
@@ -65,7 +66,8 @@ def read_plan(name: str) -> dict[str, Any]:
 
 
 def run_step(name: str, step: str) -> None:
-    """Do the runs of one step, one after the other, each in a process of its own that has papermill loaded already.
+    """Do the runs of one step, each in a process of its own that has papermill loaded already: one after the other, or, if
+    they are short, two at once, so that one works while the other waits.
 
     Raises:
         BookError: if one of them failed, after all others have run.
@@ -74,16 +76,25 @@ def run_step(name: str, step: str) -> None:
     import jupytext  # noqa: F401
     import papermill  # noqa: F401
 
-    plan, failed = read_plan(name), []
-    for entry in plan["steps"].get(step, ()):
-        what = _what(plan["page"], entry["id"])
-        process = multiprocessing.get_context("fork").Process(target=_one_run, args=(name, plan, entry, what))
-        process.start()
+    plan, failed, running = read_plan(name), [], []
+
+    def end_first() -> None:
+        what, process = running.pop(0)
         process.join()
         if process.exitcode:
             failed.append(what)
         if process.exitcode < 0:
             build.note_state(plan["profile"], what, "failed", f"its process was killed by signal {-process.exitcode}")
+
+    for entry in plan["steps"].get(step, ()):
+        if len(running) == plan["at_once"]:
+            end_first()
+        what = _what(plan["page"], entry["id"])
+        process = multiprocessing.get_context("fork").Process(target=_one_run, args=(name, plan, entry, what))
+        process.start()
+        running.append((what, process))
+    while running:
+        end_first()
     if failed:
         raise BookError(f"failed: {', '.join(failed)}")
 
