@@ -193,6 +193,13 @@ def test_what_varies_but_seeds_is_compared_in_the_order_of_its_values():
     assert series.measures(rows) == ["mean", "seconds"]  # what never differs is no measure; seconds always are
 
 
+def test_answers_are_measured_first_and_then_what_has_an_interval():
+    glued = {"plain": 1.0, "spread": 2.0, "spread_low": 1.0, "spread_high": 3.0, "spread_n": 3, "claim": 4.0, "claim_low": 3.0,
+             "claim_high": 5.0, "claim_n": 3, "claim_verdict": "undecided"}
+    rows = [row("a", **glued), row("b", **{key: value if isinstance(value, str) else value + 1 for key, value in glued.items()})]
+    assert series.measures(rows) == ["claim", "spread", "plain", "seconds"]
+
+
 def test_a_table_tells_runs_apart_by_what_differs_and_the_seed(monkeypatch):
     assert series.told_apart(grid()) == ["count", "scale", "seed"] and series.told_apart([row(seed=0), row(seed=1)]) == ["seed"]
     monkeypatch.setattr(runs, "page", lambda name: PAGE)

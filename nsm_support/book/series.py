@@ -79,10 +79,14 @@ def measured(row: Row, measure: str) -> float | None:
 
 
 def measures(rows: list[Row]) -> list[str]:
-    """What can be drawn: every number that differs between runs, but the parts of an estimate, and the two costs."""
+    """What can be drawn: every number that differs between runs, but the parts of an estimate, and the two costs.
+
+    Answers to claims come first, then what has an interval.
+    """
     names = list(rows[0].values)
     parts = {f"{name}_{part}" for name in names for part in ("low", "high", "n")}
-    every = [name for name in names if name not in parts] + [*COSTS]
+    every = sorted((name for name in names if name not in parts),
+                   key=lambda name: (f"{name}_verdict" not in names, f"{name}_low" not in names)) + [*COSTS]
     return [name for name in every if name == "seconds" or len({measured(row, name) for row in rows} - {None}) > 1]
 
 
