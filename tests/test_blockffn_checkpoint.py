@@ -2,13 +2,21 @@
 
 import json
 import math
+import random
+import shutil
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from nsm_support.blockffn.checkpoint import load_checkpoint, load_tokenizer, read_config
+from nsm_support.blockffn.corpus import train_tokenizer
 from nsm_support.training import CheckpointError
+
+ROOT = Path(__file__).parents[1]
 
 # The fields as the published conversion writes them (thunlp/BlockFFN, pretrain/convert_bmt_to_hf.py).
 COMMON = {
@@ -16,7 +24,7 @@ COMMON = {
     "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_type": "block_linear", "hidden_act": "silu",
     "router_act": "relu", "num_experts": 5, "expert_size": 3, "norm_after_router": "rms", "norm_scale": 1.0,
     "rms_norm_eps": 1e-05, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 8, "tie_word_embeddings": False,
-    "max_position_embeddings": 4096, "block_implementation": "torch", "use_cache": True,
+    "rope_theta": 500.0, "max_position_embeddings": 4096, "block_implementation": "torch", "use_cache": True,
     "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
 }  # fmt: skip
 KINDS = {
@@ -78,10 +86,10 @@ def plain_forward(config, state, tokens):
     def rms(x, weight, eps):
         return x / torch.sqrt((x * x).mean() + eps) * weight
 
-    def turn(x, place, theta=10_000.0):
+    def turn(x, place):
         half, out = len(x) // 2, x.clone()
         for i in range(half):
-            angle = place / theta ** (2 * i / len(x))
+            angle = place / config["rope_theta"] ** (2 * i / len(x))
             out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
             out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
         return out
@@ -145,8 +153,25 @@ def test_logits_equal_a_plain_computation(tmp_path, kind, file):
     for row, logits in zip(tokens, model(tokens), strict=True):
         torch.testing.assert_close(logits, plain_forward(config, state, row))
     loaded = load_checkpoint(tmp_path)
-    assert loaded.lm_head.weight.dtype == torch.float32
     torch.testing.assert_close(loaded(tokens).double(), model(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_lie_where_and_as_they_are_asked_for(tmp_path, tied):
+    config = COMMON | KINDS["vanilla"] | {"tie_word_embeddings": tied}
+    state = {name: tensor.bfloat16() for name, tensor in tensors(config).items() if not (tied and name == "lm_head.weight")}
+    write(tmp_path, config, state)
+    assert {tensor.dtype for tensor in load_checkpoint(tmp_path).parameters()} == {torch.float32}
+    model = load_checkpoint(tmp_path, device="meta", dtype=torch.bfloat16)  # a device that every machine has
+    assert {(tensor.device.type, tensor.dtype) for tensor in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_a_head_of_its_own_has_to_be_there(tmp_path):
+    """Where the embedding is not tied, it does not stand in for a head that is missing."""
+    config = COMMON | KINDS["vanilla"]
+    state = {name: tensor for name, tensor in tensors(config).items() if name != "lm_head.weight"}
+    with pytest.raises(CheckpointError, match="lm_head"):
+        load_checkpoint(write(tmp_path, config, state))
 
 
 def test_norm_by_the_sum_equals_a_plain_computation(tmp_path):
@@ -187,18 +212,40 @@ def test_tied_embeddings(tmp_path, kept):
         load_checkpoint(write(tmp_path / "other", config, state))
 
 
-def test_parts_with_an_index(tmp_path):
+@pytest.mark.parametrize(("stem", "ending"), [("model", "safetensors"), ("pytorch_model", "bin")])
+def test_parts_with_an_index(tmp_path, stem, ending):
     config = COMMON | KINDS["mla"]
     state = tensors(config)
     whole = load_checkpoint(write(tmp_path / "whole", config, state))
     folder, names = tmp_path / "parts", sorted(state)
-    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    files = {f"{stem}-0000{i + 1}-of-00002.{ending}": names[i::2] for i in range(2)}
     for file, held in files.items():
         write(folder, config, {name: state[name] for name in held}, file)
     index = {"weight_map": {name: file for file, held in files.items() for name in held}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    write(folder, config, {"x": torch.ones(1)}, f"{stem}-00003-of-00003.{ending}")  # in no index: not read
     for name, tensor in load_checkpoint(folder).state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
+    (folder / [*files][1]).unlink()
+    with pytest.raises(FileNotFoundError, match="00002-of-00002"):
+        load_checkpoint(folder)
+
+
+def test_safetensors_come_before_a_pickle(tmp_path):
+    config = COMMON | KINDS["vanilla"]
+    write(tmp_path, config, tensors(config, seed=1), "pytorch_model.bin")
+    state = tensors(config)
+    model = load_checkpoint(write(tmp_path, config, state))
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_damaged_file_is_named(tmp_path, file):
+    config = COMMON | KINDS["vanilla"]
+    path = write(tmp_path, config, tensors(config), file) / file
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=f"{file} is damaged"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
@@ -228,6 +275,7 @@ def test_names_and_shapes_are_strict(tmp_path, change):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2; 1 is accepted"),
     ],
 )
 def test_other_models_are_refused_by_name(tmp_path, changed, words):
@@ -238,13 +286,18 @@ def test_other_models_are_refused_by_name(tmp_path, changed, words):
 
 def test_silent_fields_mean_what_the_published_class_means(tmp_path):
     """Its defaults are not those of this package: a config that omits `ffn_type` is a dense model, and is refused."""
-    config = COMMON | KINDS["vanilla"]
-    for name in ("ffn_type", "rms_norm_eps", "dim_model_base", "scale_depth", "norm_after_router"):
-        config.pop(name)
-    with pytest.raises(CheckpointError, match="vanilla"):
+    config = {name: COMMON[name] for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")}
+    config["num_attention_heads"] = 4
+    with pytest.raises(CheckpointError, match="ffn_type is 'vanilla'"):
         read_config(write(tmp_path, config, {"x": torch.ones(1)}))
     read = read_config(write(tmp_path, config | {"ffn_type": "block"}, {"x": torch.ones(1)}))
-    assert (read.rms_norm_eps, read.dim_model_base, read.scale_depth, read.norm_after_router) == (1e-6, 1, 1, "sum")
+    # thunlp/BlockFFN, pretrain/bmt_to_hf/configuration_minicpm.py
+    published = {
+        "attention_type": "vanilla", "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "q_lora_rank": 768, "kv_lora_rank": 256,
+        "num_experts": 40, "expert_size": 128, "norm_after_router": "sum", "norm_scale": 1, "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000, "scale_emb": 1, "scale_depth": 1, "dim_model_base": 1, "tie_word_embeddings": True,
+    }  # fmt: skip
+    assert {name: getattr(read, name) for name in published} == published and read.key_value_heads == 4
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
@@ -288,6 +341,18 @@ def test_a_repository_is_fetched_by_name_without_its_code(tmp_path, monkeypatch)
     model = load_checkpoint("owner/BlockFFN")
     assert model.config.attention_type == "mla" and asked["name"] == "owner/BlockFFN"
     assert not any(pattern.endswith((".py", "*")) for pattern in asked["patterns"])
+    kept = [
+        "config.json", "tokenizer.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+        "model-00001-of-00002.safetensors", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin",
+    ]  # fmt: skip
+    for file in kept:
+        assert any(fnmatch(file, pattern) for pattern in asked["patterns"]), file
+    for name in ("./owner/BlockFFN", "/owner", "~/BlockFFN", "owner/BlockFFN/main", "BlockFFN"):
+        with pytest.raises(FileNotFoundError, match="no folder, nor the name"):
+            load_checkpoint(name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed
+    with pytest.raises(FileNotFoundError, match="install huggingface_hub"):
+        load_checkpoint("owner/BlockFFN")
 
 
 def test_tokenizer(tmp_path):
@@ -299,3 +364,47 @@ def test_tokenizer(tmp_path):
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).encode("In the beginning the").ids == [0, 1, 2, 1]
+
+
+def small_text(lines=5_000):
+    """Paragraphs of words of all kinds, with nothing in them to learn."""
+    words = ["the", "and", "of", "in", "to", "he", "said", "unto", "Moses", "light", "waters", "beginning", "firmament"]
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(words, k=10)) + "." for _ in range(lines)]
+    return "\n\n".join("\n".join(lines[start : start + 60]) for start in range(0, len(lines), 60))
+
+
+PAGES = {
+    "routing_signals": {"prompts": 3, "window": 32, "windows": 2, "places": 12, "horizon": 8, "resamples": 19, "permutations": 9},
+    "alpha_sweep": {"window": 32, "distil_steps": 1, "tune_steps": 1, "lengths": [32, 64], "rounds": 2, "workers": 1},
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("page", "kind"), [("routing_signals", "mla"), ("alpha_sweep", "vanilla")])
+def test_a_page_runs_on_a_checkpoint(checkout, page, kind):
+    """From a folder alone, in a real kernel: what the page before made is not read, and one model says nothing for six."""
+    shutil.copytree(ROOT / "book", checkout.folder / "book", dirs_exist_ok=True)
+    (checkout.folder / "text.txt").write_text(small_text())
+    config = COMMON | KINDS[kind] | {"vocab_size": 330}  # published vocabularies are padded
+    folder = write(checkout.folder / "weights", config, tensors(config))
+    train_tokenizer(small_text(), 290).save(str(folder / "tokenizer.json"))
+    models = checkout.folder / "_build" / "products" / "quick" / "blockffn" / "models.pt"
+    models.parent.mkdir(parents=True)
+    models.write_bytes(b"no model")
+    given = PAGES[page] | {"checkpoint": folder, "text": checkout.folder / "text.txt"}
+    words = [word for name, value in given.items() for word in ("-p", name, str(value))]
+    code, output = checkout.book("run", f"blockffn/{page}", "--profile", "quick", *words, "-o", "runs")
+    assert code == 0, output
+    (record,) = json.loads(next(checkout.folder.glob("runs/*/*/results.json")).read_text())
+    values = {name: entry["value"] for name, entry in record["values"].items()}
+    verdicts = [value for name, value in values.items() if name.endswith("_verdict")]
+    assert len(verdicts) >= 2 and set(verdicts) == {"undecided"}
+    if page == "routing_signals":
+        assert values["all_blocks"] == 10 and 0 < values["sparsity_trained"] < 1
+        written = json.loads(next(checkout.folder.glob("runs/**/routing_signals.json")).read_text())
+        assert written["model_name"] == str(folder) and len(written["prompts"]) == 3
+    else:
+        assert (values["bases"], values["runs"], values["layers"]) == (1, 2, 2)
+        table = next(checkout.folder.glob("runs/**/alpha_sweep_results.csv")).read_text().splitlines()
+        assert [line.split(",")[0] for line in table] == ["alpha", "baseline", "0", "0.5", "1"]

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -93,19 +94,23 @@ def test_the_first_notebook_reads_the_files(tmp_path, monkeypatch):
 
 def test_columns_are_those_of_every_row(tmp_path):
     """The first row lacks what later rows have: neither a crash nor a lost column."""
-    write_alpha_sweep(tmp_path / "sweep.csv", SWEEP)
+    write_alpha_sweep(tmp_path / "sweep.csv", iter(SWEEP))  # any iterable of rows
     table = pd.read_csv(tmp_path / "sweep.csv")
     assert list(table) == ["alpha", "perplexity", "memory_gb", "tokens_per_second", "seed"]
     assert table["alpha"].tolist() == ["baseline", "0", "0.25", "0.00001", "1"]
     assert table["perplexity"].tolist() == [30.0, 30.0, 31.25, 40.5, 44.0] and table["seed"].count() == 1
-    write_gated_hybrid(tmp_path / "gated.csv", GATED)
+    write_gated_hybrid(tmp_path / "gated.csv", iter(GATED))
+    assert (tmp_path / "gated.csv").read_text().splitlines()[1] == "baseline,,,,30.0,0.0,0.0,", "None is an empty field"
     table = pd.read_csv(tmp_path / "gated.csv")
     assert list(table) == ["mode", "temperature", "threshold", "alpha", "perplexity", "delta", "pct_change", "run"]
     assert table["pct_change"].round(6).tolist() == [0.0, 10.0, 20.0, 8.333333, 7.5, 3.333333]
     assert table["temperature"].isna().tolist() == [True, True, True, True, False, True]
     rows = [{"layer": 3, **change(33.0, 30.0)}, {"layer": "all", **change(60.0, 30.0)}]
-    write_layer_replacement(tmp_path / "layers.csv", rows)
+    (tmp_path / "layers.csv").write_text("what an earlier run left")
+    write_layer_replacement(tmp_path / "layers.csv", iter(rows))
+    assert {file.name for file in tmp_path.iterdir()} == {"sweep.csv", "gated.csv", "layers.csv"}
     table = pd.read_csv(tmp_path / "layers.csv")
+    assert list(table) == ["layer", "perplexity", "delta", "pct_change"]
     numbers = {"perplexity": [33.0, 60.0], "delta": [3.0, 30.0], "pct_change": [10.0, 100.0]}
     assert table.to_dict("list") == {"layer": ["3", "all"], **numbers}
 
@@ -115,12 +120,15 @@ def test_columns_are_those_of_every_row(tmp_path):
     [
         (write_alpha_sweep, SWEEP[1:], "'baseline' first"),
         (write_alpha_sweep, [SWEEP[0], {**SWEEP[1], "alpha": 1.5}], "0 … 1"),
+        (write_alpha_sweep, [SWEEP[0], {**SWEEP[1], "alpha": -0.25}], "0 … 1"),
         (write_alpha_sweep, [SWEEP[0], SWEEP[0]], "0 … 1"),
         (write_alpha_sweep, [], "baseline"),
         (write_alpha_sweep, [SWEEP[0], {"alpha": 0.5, "perplexity": 3.0}], "row 1 has no memory_gb, tokens_per_second"),
         (write_gated_hybrid, [{**GATED[3], "mode": "shuffled_routing"}], "kept for modes that begin with it"),
-        (write_gated_hybrid, [{**GATED[3], "mode": "Random Routing"}], "kept for modes"),
+        (write_gated_hybrid, [GATED[0], {**GATED[3], "mode": "Random Routing"}], "kept for modes"),
         (write_gated_hybrid, [{**GATED[3], "perplexity": float("inf")}], "perplexity of row 0 is inf"),
+        (write_gated_hybrid, [GATED[0], {**GATED[3], "delta": float("nan")}], "delta of row 1 is nan"),
+        (write_gated_hybrid, [{**GATED[3], "delta": np.float32("nan")}], "delta of row 0 is nan"),
         (write_gated_hybrid, [], "no rows"),
         (write_layer_replacement, [{"layer": 0, "perplexity": 1.0}], "row 0 has no delta, pct_change"),
     ],
@@ -129,3 +137,13 @@ def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, write, rows,
     with pytest.raises(ValueError, match=words):
         write(tmp_path / "results.csv", rows)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_file_of_before(tmp_path, monkeypatch):
+    path = tmp_path / "sweep.csv"
+    write_alpha_sweep(path, SWEEP)
+    old = path.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_alpha_sweep(path, SWEEP[:2])
+    assert path.read_bytes() == old and [*tmp_path.iterdir()] == [path]

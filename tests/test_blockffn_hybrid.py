@@ -236,6 +236,17 @@ def test_hard_routing_is_the_threshold_and_lots_part_only_those_on_it():
     assert torch.equal(gate(x[:, :20], sparsity[:, :20]), alpha[:, :20]), "lots belong to places, whatever the length"
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_threshold_stands_between_neighbours_of_single_precision(step):
+    """The middle of two adjacent float32 is one of them in float32: whichever it is, a tied half must not change sides."""
+    low = torch.tensor(0.475) + step * 2**-25  # adjacent numbers there are 2⁻²⁵ apart; the middle rounds down, or up
+    high = torch.nextafter(low, torch.tensor(1.0))
+    sparsity = torch.where(torch.arange(100) < 50, high, low).expand(2, 100)
+    gate = Gate("routing_hard", 0.5)
+    gate.calibrating = True
+    assert low < high and torch.equal(gate(torch.zeros(2, 100, 1), sparsity), sparsity == high)
+
+
 def test_soft_routing_uses_the_whole_range():
     x, sparsity = torch.zeros(4, 200, 1), 0.8 + 0.02 * draw(4, 200)  # as narrow as a trained router's may be
     gate = Gate("routing_soft", 0.5)

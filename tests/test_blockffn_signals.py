@@ -86,12 +86,15 @@ def test_each_token_alone_gives_its_own_signal():
 
 
 def test_removed_leaves_the_model_as_it_was():
-    model, tokens = make().train(), numbers(2, 9)
+    model, tokens, modes = make().train(), numbers(2, 9), []
     before = model(tokens)
+    model.lm_head.register_forward_hook(lambda module, given, out: modes.append((model.training, out.requires_grad)))
     hooks = [len(module._forward_hooks) for module in model.modules()]
+    with RoutingExtractor(model) as extractor:
+        assert not extractor(tokens).requires_grad and modes == [(False, False)]
+        assert model.training, "the mode is put back"
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
     extractor = RoutingExtractor(model)
-    extractor(tokens)
-    assert model.training, "the mode is put back"
     extractor.remove()
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert torch.equal(model(tokens), before)
@@ -107,6 +110,30 @@ def test_detached_layers_are_still_heard():
         assert (extractor(tokens) - before).abs().max() > 1e-3, "the hybrid's layers hear something else"
         detach(model)
         assert torch.equal(extractor(tokens), before)
+
+
+def test_a_pass_of_ones_own_in_between_is_not_heard():
+    model, tokens = make(), numbers(2, 9)
+    with RoutingExtractor(model) as extractor:
+        before = extractor(tokens)
+        model(tokens.flip(0))
+        assert torch.equal(extractor(tokens), before)
+
+
+@pytest.mark.parametrize("kept", [(slice(1), slice(None)), (slice(None), slice(8))], ids=["sequences", "tokens"])
+def test_a_model_that_leaves_tokens_out_is_an_error(kept):
+    """Its signals would be laid beside other tokens than theirs."""
+
+    class Shortened(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, tokens):
+            return self.inner(tokens[kept])
+
+    with RoutingExtractor(Shortened()) as extractor, pytest.raises(RuntimeError, match=r"\[2, 9\] were routed as"):
+        extractor(numbers(2, 9))
 
 
 def test_a_router_heard_twice_is_an_error():
@@ -139,7 +166,7 @@ def test_file_holds_the_fields_and_the_tokens_own_numbers(tmp_path):
     with RoutingExtractor(model) as extractor:
         heard = [extractor(numbers(1, len(words), seed=i))[:, 0] for i, words in enumerate(texts)]
     records = [prompt_record("".join(words), words, signal) for words, signal in zip(texts, heard, strict=True)]
-    write_routing_signals(path, "tiny", records)
+    write_routing_signals(path, "tiny", iter(records))
     data = json.loads(path.read_text())
     assert data["model_name"] == "tiny" and len(data["prompts"]) == 2
     for words, signal, prompt in zip(texts, heard, data["prompts"], strict=True):
@@ -171,6 +198,15 @@ def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_record_refuses_signals_of_other_tokens(activations):
     with pytest.raises(ValueError, match="2 tokens take"):
         prompt_record("ab", ["a", "b"], activations)
+    with pytest.raises(ValueError, match="0 tokens take"):
+        prompt_record("", [], activations[:, :0])
+
+
+def test_numbers_are_exact_whatever_the_models_type_is():
+    """A share of experts is no bfloat16: 1/3 there is 0.3340."""
+    record = prompt_record("ab", ["a", "b"], torch.tensor([[[0, 1, 2], [0, 0, 1]]], dtype=torch.bfloat16))
+    assert record["per_token_sparsity"] == {"0": [pytest.approx(1 / 3, abs=1e-15), pytest.approx(2 / 3, abs=1e-15)]}
+    assert record["overall_sparsity"] == pytest.approx(0.5, abs=1e-15)
 
 
 def test_file_refuses_no_prompts(tmp_path):

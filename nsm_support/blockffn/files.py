@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def _write_table(path: str | Path, columns: tuple[str, ...], rows: list[Mapping[
         if missing := [column for column in columns if column not in row]:
             raise ValueError(f"{path}: row {number} has no {', '.join(missing)}; it has {', '.join(row)}")
         for name, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, Real) and not math.isfinite(value):  # NumPy's numbers too
                 raise ValueError(f"{path}: {name} of row {number} is {value}; None stands for what does not exist")
     others = dict.fromkeys(name for row in rows for name in row if name not in columns)  # of every row, in order
     _write_whole(Path(path), pandas.DataFrame(rows, columns=[*columns, *others]).to_csv(index=False))

@@ -85,6 +85,7 @@ class Gate(nn.Module):
         if self.threshold.isnan():
             raise ValueError(f"the gate {self.mode!r} has no threshold yet: calibrate it, or set `threshold`")
         if self.hard:
+            signal = signal.double()  # as in calibration: a float32 signal would round the threshold to itself
             alpha = (signal > self.threshold) | ((signal == self.threshold) & (self._draws(x)[1] < self.lot))
         else:
             alpha = ((signal - self.threshold) / self.scale).sigmoid().to(x.dtype)

@@ -86,7 +86,7 @@ def prompt_record(prompt: str, tokens: Sequence[str], activations: Tensor) -> di
     if activations.dim() != 3 or activations.shape[1] != len(tokens) or not len(tokens):
         raise ValueError(f"{len(tokens)} tokens take activations [L, {len(tokens)}, E]; got {list(activations.shape)}")
     active = (activations > 0).cpu()
-    sparsity = token_sparsity(activations).cpu()  # (L, T)
+    sparsity = token_sparsity(activations.cpu().double())  # (L, T)
     layers = range(len(activations))
     return {
         "prompt": prompt,
