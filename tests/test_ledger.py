@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 
 import nbformat
 import pyarrow
@@ -253,8 +254,8 @@ def test_a_single_run_has_the_interval_that_its_page_reports_or_none():
     assert series.point([row(mean=None)], "mean") is None and series.point([row(mean="no")], "mean") is None
 
 
-def sweep_of(rows):
-    return swept.Swept(name="grow", page=PAGE, rows=rows)
+def sweep_of(rows, **more):
+    return swept.Swept(name="grow", page=PAGE, rows=rows, **more)
 
 
 def data_of(figure):
@@ -320,6 +321,12 @@ def test_the_page_tells_failed_old_and_too_many_runs(monkeypatch):
     monkeypatch.setattr(compare, "read_all", lambda: [sweep_of(grid())])
     monkeypatch.setattr(compare, "MOST_FRAMES", 2)
     assert "1 settings with the fewest runs are not drawn" in compare.compare_page()
+    monkeypatch.setattr(compare, "read_all", lambda: [sweep_of(grid(), question="Is a < b?", measure="seconds")])
+    page = compare.compare_page()
+    assert ">Is a &lt; b?<" in page and data_of(page)["figure"]["layout"]["yaxis"]["title"]["text"] == "seconds"
+    monkeypatch.setattr(compare, "read_all", lambda: [sweep_of(grid(), measure="maen")])
+    with pytest.raises(BookError, match="sweep grow: unknown measure 'maen'; nearest: mean"):
+        compare.compare_page()
     monkeypatch.setattr(compare, "read_all", lambda: [sweep_of([rows[2]])])
     assert "0 runs of" in compare.compare_page() and "<figure" not in compare.compare_page()
 
@@ -382,6 +389,7 @@ def left(tmp_path, monkeypatch, **changes):
     monkeypatch.setattr(swept, "page", lambda name: PAGE)
     monkeypatch.setattr(swept, "sweeps", lambda: {"grow": None, "later": None})
     monkeypatch.setattr(swept, "fingerprint", lambda page, profile, given: {"source": "abc", "parameters": given})
+    monkeypatch.setattr(swept, "read_sweep", lambda name: types.SimpleNamespace(question=f"Does {name}?", measure="mean"))
     place = tmp_path / "sweeps" / "grow" / "a"
     place.mkdir(parents=True)
     (place / "run.ipynb").write_text("the notebook")
@@ -400,6 +408,7 @@ def test_a_sweep_is_read_back_with_its_notebooks(tmp_path, monkeypatch):
     left(tmp_path, monkeypatch)
     (found,) = swept.read_all()
     done, failed = found.rows
+    assert found.question == "Does grow?" and found.measure == "mean"
     assert done.whole and done.today and done.values == {"mean": 2.0} and done.parameters == {"count": 3}
     assert done.versions == {"python": "3.11", "torch": "2"} and done.facts["seconds"] == 2.0
     assert not failed.whole and not failed.today and found.notebook(failed) is None

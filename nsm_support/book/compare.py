@@ -1,6 +1,10 @@
 """`results/compare`: each sweep as lines with intervals, as a heatmap and as a table; every point leads to its notebook."""
 
+import html
+
+from nsm_support.book import BookError
 from nsm_support.book.markup import Cell, folded, number, raw, table
+from nsm_support.book.pages import unknown
 from nsm_support.book.series import Choice, choices, measured, measures, told_apart, value_of
 from nsm_support.book.swept import MOST_RUNS, Row, Swept, read_all
 from nsm_support.book.table import sweeps
@@ -8,9 +12,17 @@ from nsm_support.book.table import sweeps
 MOST_FRAMES = 4_000  # choices of parameters times measures
 
 
-def summary(rows: list[Row]) -> tuple[list[Choice], list[str], int]:
-    """The choices and measures that the page draws, and how many choices it leaves to the table."""
+def summary(rows: list[Row], first: str | None) -> tuple[list[Choice], list[str], int]:
+    """The choices and measures that the page draws, and how many choices it leaves to the table.
+
+    Raises:
+        BookError: if no run has the measure `first`, which the sweep names.
+    """
     all_choices, names = choices(rows), measures(rows)
+    if first is not None:
+        if all(measured(row, first) is None for row in rows):
+            raise BookError(unknown("measure", first, names))
+        names = [first, *(name for name in names if name != first)]
     kept = all_choices[:max(1, MOST_FRAMES // len(names))]
     return kept, names, len(all_choices) - len(kept)
 
@@ -21,7 +33,8 @@ def sweep_part(swept: Swept, number_of: int) -> list[str]:
 
     rows = [row for row in swept.rows if row.status == "done"]
     failed, old = len(swept.rows) - len(rows), sum(not row.today for row in rows)
-    lines = [f"## {swept.name}", "", f"{len(rows)} runs of [](../{swept.page.name}.md), in the {swept.rows[0].profile} profile"
+    asked = [raw(f'<p class="nsm-question">{html.escape(swept.question)}</p>'), ""] if swept.question else []
+    lines = [f"## {swept.name}", "", *asked, f"{len(rows)} runs of [](../{swept.page.name}.md), in the {swept.rows[0].profile} profile"
              + (f"; {failed} failed" if failed else "") + f". `nsm-book sweep {swept.name}` runs what is missing.", ""]
     if swept.large:
         return [*lines, f"This page shows at most {MOST_RUNS} runs of a sweep; all lie in `_build/sweeps/{swept.name}.parquet`.",
@@ -30,7 +43,10 @@ def sweep_part(swept: Swept, number_of: int) -> list[str]:
         lines += [f"**{old} of these runs are of an earlier version of the page**: the same command brings them up to date.", ""]
     if not rows:
         return lines
-    kept, names, left = summary(rows)
+    try:
+        kept, names, left = summary(rows, swept.measure)
+    except BookError as error:
+        raise BookError(f"sweep {swept.name}: {error}") from None
     if left:
         lines += [f"{left} settings with the fewest runs are not drawn; the table has all.", ""]
     for figure in drawings.drawings(swept, rows, kept, names, f"sweep-{number_of}"):

@@ -9,7 +9,7 @@ from typing import Any
 from nsm_support.book import BookError
 from nsm_support.book.fingerprint import digest, fingerprint
 from nsm_support.book.pages import BUILD, Page, page
-from nsm_support.book.table import sweeps
+from nsm_support.book.table import read_sweep, sweeps
 
 NOTEBOOKS = "../sweeps"
 MOST_RUNS = 500  # of one sweep, that the site shows one by one: their notebooks lie in it
@@ -38,11 +38,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Swept:
-    """A sweep that has a table: its page, and its runs in the table's order."""
+    """A sweep that has a table: its page, its runs in the table's order, what it asks and what answers that."""
 
     name: str
     page: Page
     rows: list[Row] = field(hash=False)
+    question: str | None = None
+    measure: str | None = None
 
     @property
     def large(self) -> bool:
@@ -94,7 +96,7 @@ def read_swept(name: str) -> Swept | None:
     """What the sweep of that name has left; None if it has not run.
 
     Raises:
-        BookError: as `read_table`, or if its page is gone.
+        BookError: as `read_table` and `table.read_sweep`, or if its page is gone.
     """
     path = folder(name).with_name(f"{name}.parquet")
     if not path.exists():
@@ -114,7 +116,8 @@ def read_swept(name: str) -> Swept | None:
                         facts={fact: entry[fact] for fact in FACTS}, parameters=_part(entry, "parameters."),
                         values=_part(entry, "values."), versions=software(record),
                         whole=whole and entry["status"] == "done", today=same and entry["status"] == "done"))
-    return Swept(name=name, page=about, rows=rows)
+    asked = read_sweep(name)
+    return Swept(name=name, page=about, rows=rows, question=asked.question, measure=asked.measure)
 
 
 def read_all() -> list[Swept]:

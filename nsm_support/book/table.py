@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from nsm_support.book.pages import BOOK, BUILD, PROFILES, Page, brief, check, pa
 from nsm_support.results import ROOT
 
 MOST = 100_000  # runs of one sweep
-KEYS = ("page", "profile", "rows", "grid", "seeds")
+KEYS = ("page", "profile", "question", "measure", "rows", "grid", "seeds")
 
 
 class Run(NamedTuple):
@@ -33,11 +33,14 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """A page, the profile that its runs start from, and its runs by their ids, in the order of the table."""
+    """A page, the profile that its runs start from, and its runs by their ids, in the order of the table; perhaps what it
+    asks, and which of the page's values answers it."""
 
     name: str
     page: Page
     profile: str
+    question: str | None
+    measure: str | None
     runs: dict[str, Run] = field(hash=False)
 
     @property
@@ -62,7 +65,9 @@ class _Strict(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
-            if key.value in seen if isinstance(key, yaml.ScalarNode) else True:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is one name", key.start_mark)
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {brief(key.value)}: accepts each name once",
                                                         key.start_mark)
             seen.add(key.value)
@@ -102,7 +107,7 @@ def read_sweep(name: str) -> Sweep:
         entry = page(str(head["page"]))
         profile = head.get("profile", "full")
         if profile not in PROFILES:
-            raise BookError(unknown("profile", str(profile), PROFILES))
+            raise BookError(unknown("profile", profile, PROFILES))
         base, runs, places = profile_parameters(entry, profile), {}, {}
         for place, given in rows(entry):
             merged = base | given
@@ -116,7 +121,7 @@ def read_sweep(name: str) -> Sweep:
         raise BookError(f"{file}: byte {error.start}: accepts UTF-8 only") from None
     except BookError as error:
         raise BookError(f"{file}: {error}") from None
-    return Sweep(name=name, page=entry, profile=profile, runs=runs)
+    return Sweep(name=name, page=entry, profile=profile, question=head.get("question"), measure=head.get("measure"), runs=runs)
 
 
 def _id(page: Page, profile: str, given: dict[str, Any]) -> str:
@@ -142,6 +147,11 @@ def _twice(names: list[str], what: str) -> None:
             raise BookError(f"{what} {brief(name)} stands there {times} times")
 
 
+def _one_line(text: Any) -> str:
+    """Another's message on one line, of no more than a person reads."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:200]
+
+
 def _read_csv(text: str):
     """A header, then a run on every line: the columns `page`, perhaps `profile`, and the parameters."""
     try:
@@ -154,13 +164,15 @@ def _read_csv(text: str):
     if "page" not in header:
         raise BookError(f"needs a column `page`, has {brief(header)}")
     _few(len(lines))
+    if not lines:
+        raise BookError("holds no run: a header, and no line below it")
     for place, cells in lines:
         if len(cells) != len(header):
             raise BookError(f"{place}: {len(cells)} cells for the {len(header)} columns {brief(header)}")
     table = [(place, dict(zip(header, cells, strict=True))) for place, cells in lines]
     head = {}
     for key in {"page", "profile"} & {*header}:
-        head[key] = table[0][1][key] if table else ""
+        head[key] = table[0][1][key]
         for place, row in table:
             if row.pop(key) != head[key]:
                 raise BookError(f"{place}: another {key} than on the first line, {brief(head[key])}: "
@@ -174,16 +186,20 @@ def _read_yaml(text: str):
         found = yaml.load(text, _Strict)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise BookError(f"line {mark.line + 1 if mark else '?'}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise BookError("is no YAML: " + " ".join(str(error).split())[:200]) from None
+        raise BookError(f"line {mark.line + 1 if mark else '?'}: {_one_line(error.problem)}") from None
+    # What PyYAML raises where a value is not of its tag: `!!bool maybe`, `!!int ""`, `!!timestamp x`, 1:1:1…
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise BookError(f"is no YAML: {_one_line(error)}") from None
     if not isinstance(found, dict):
         raise BookError(f"accepts the keys {', '.join(KEYS)}; got {brief(found)}")
     for key in found:
         if key not in KEYS:
-            raise BookError(unknown("key", str(key), KEYS))
+            raise BookError(unknown("key", key, KEYS))
     if not isinstance(found.get("page"), str):
         raise BookError(f"needs `page: NAME`, has {brief(found.get('page'))}")
+    for key in {"question", "measure"} & {*found}:
+        if not isinstance(found[key], str) or not found[key].isprintable():
+            raise BookError(f"{key}: accepts one line of text, got {brief(found[key])}")
     return found, lambda entry: _cross(entry, found)
 
 
@@ -193,19 +209,23 @@ def _listed(what: str, value: Any) -> list:
     return value
 
 
+def _names(given: Iterable) -> str:
+    """The keys of a YAML table in a message: names as they stand, if they are any."""
+    return _one_line(", ".join(key if isinstance(key, str) else brief(key) for key in given)) or "nothing"
+
+
 def _cross(entry: Page, found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every run of a YAML table: rows × grid × seeds."""
     grid = found.get("grid", {})
     if not isinstance(grid, dict):
         raise BookError(f"grid: accepts `parameter: [values]`, got {brief(grid)}")
-    axes = {name: _listed(f"grid: {name}", values) for name, values in grid.items()}
+    axes = {name: _listed(f"grid: {_names([name])}", values) for name, values in grid.items()}
     rows = _listed("rows", found["rows"]) if "rows" in found else [{}]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise BookError(f"row {number}: accepts `{{parameter: value}}`, got {brief(row)}")
         if row.keys() != rows[0].keys():
-            raise BookError(f"row {number}: has {', '.join(map(str, row)) or 'nothing'}, "
-                            f"and row 1 has {', '.join(map(str, rows[0])) or 'nothing'}")
+            raise BookError(f"row {number}: has {_names(row)}, and row 1 has {_names(rows[0])}")
     seeds = _listed("seeds", found["seeds"]) if "seeds" in found else None
     if seeds:
         name = next((name for name in ("seed", "seeds") if name in parameters(entry)), None)
