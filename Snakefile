@@ -3,7 +3,7 @@
 import math
 import sys
 
-from nsm_support.book import fingerprint, pages, stage, sweep
+from nsm_support.book import collect, fingerprint, pages, stage, sweep
 
 PROFILE = config.get("profile", "quick")
 COMMAND = f"{sys.executable} -m nsm_support.book.cli"
@@ -11,7 +11,9 @@ RUNS = {name: page.run(PROFILE).relative_to(pages.ROOT) for name, page in pages.
 
 if workflow.is_main_process:
     fingerprint.set_aside_stale(PROFILE)
+    collect.drop_damaged(PROFILE)
     stage.drop_stale_site(PROFILE)
+    fingerprint.forget_dates(PROFILE)
 
 
 rule book:  # names every run: Snakemake does not miss a file that only stands between two others

@@ -144,6 +144,7 @@ def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypat
 
     def sizes(seconds: float, jobs: int) -> list[int]:
         sweep.write_plan(found, list(found.runs.values()), seconds, jobs)
+        assert sweep.read_plan("x")["at_once"] == (2 if seconds < 3 else 1)  # short runs wait for their kernels, so two
         steps = sweep.read_plan("x")["steps"].values()
         assert [run["id"] for step in steps for run in step] == list(found.runs)
         return [len(step) for step in steps]
@@ -153,7 +154,8 @@ def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypat
     assert sizes(300.0, 2) == sizes(1.0, 50) == [1] * 200
 
 
-def test_a_step_goes_on_past_runs_that_fail_and_are_killed(small, monkeypatch, tmp_path):
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_step_goes_on_past_runs_that_fail_and_are_killed(small, monkeypatch, tmp_path, at_once):
     for module in (table, sweep, build):
         monkeypatch.setattr(module, "BUILD", tmp_path)
 
@@ -165,7 +167,8 @@ def test_a_step_goes_on_past_runs_that_fail_and_are_killed(small, monkeypatch, t
 
     monkeypatch.setattr(sweep, "run_into", run_into)
     found = small("x.yml", FIRST + "grid: {count: [13, 14, 3]}\n")
-    plan = {"page": "group/first", "profile": "full", "steps": {"a": [run._asdict() for run in found.runs.values()]}}
+    plan = {"page": "group/first", "profile": "full", "at_once": at_once,
+            "steps": {"a": [run._asdict() for run in found.runs.values()]}}
     found.folder.mkdir(parents=True)
     (found.folder / "plan.json").write_text(json.dumps(plan))
     unlucky, killed, done = (f"group/first {id}" for id in found.runs)
@@ -264,7 +267,7 @@ def test_a_sweep_equals_single_runs_and_later_rows_run_alone(book, tmp_path):
         name.removeprefix("values."): row[name] for name in found if name.startswith("values.")}
     assert single["reproduce"] == "nsm-book run group/first --profile quick -p count 3 -p scale -2.5 -o runs"
     (record,) = json.loads((book.folder / f"_build/sweeps/x/{row.run}/results.json").read_text())
-    clock = ("seconds", "peak_memory_mb", "date", "digest")
+    clock = ("seconds", "peak_memory_mb", "date", "digest", "checksum")
     assert {k: v for k, v in record.items() if k not in clock} == {k: v for k, v in single.items() if k not in clock}
 
     before = (book.folder / "_build/sweeps/x.parquet").read_bytes()
@@ -419,3 +422,29 @@ def test_a_sweep_runs_as_jobs_of_a_real_slurm(book, slurm):
     assert jobs.count("MinMemoryNode=500M") == jobs.count("NumCPUs=1 ") == 3
     code, output = book.book("sweep", "x", "--jobs", "4", "--profile-dir", str(book.folder / "profiles/slurm"))
     assert code == 0 and "to do" not in output
+
+
+@kernel
+@pytest.mark.slurm
+@pytest.mark.xdist_group("slurm")
+def test_a_job_of_slurm_that_is_killed_is_named_and_costs_no_other_run(book, slurm):
+    """kill -9 of one of two jobs, by Slurm's own hand."""
+    ran = book.folder / "ran"
+    book.edit("book/group/first.md", "\nmean = ", f"\nimport os\nimport time\nwith open({str(ran)!r}, 'a') as file:\n"
+              "    print(count, os.environ['SLURM_JOB_ID'], file=file)\n"
+              f"time.sleep(60 if count == 4 and open({str(ran)!r}).read().count('4 ') == 1 else 0)\nmean = ")
+    write(book, "x.yml", "page: group/first\nprofile: quick\ngrid: {count: [3, 4]}\n")
+    words = ("sweep", "x", "--jobs", "2", "--profile-dir", str(book.folder / "profiles/slurm"))
+    process, deadline = book.start(*words), time.time() + 60
+    while not ran.exists() or "4 " not in ran.read_text() or len(notebooks(book, "x")) < 1:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    (job,) = [line.split()[1] for line in ran.read_text().splitlines() if line.startswith("4 ")]
+    subprocess.run(["scancel", "--signal=KILL", "--full", job], check=True)
+    output, _ = process.communicate(timeout=120)
+    whole = notebooks(book, "x")
+    assert process.returncode == 1 and "count=4 (" in output and "1 of 2 runs failed" in output and len(whole) == 1, output
+    assert "its process or job ended without a word" in output and "Snakefile:" not in output, output
+    code, output = book.book(*words)
+    assert code == 0 and "1 of 2 runs to do" in output, output
+    assert whole.items() <= notebooks(book, "x").items() and ran.read_text().count("3 ") == 1

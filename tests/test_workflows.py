@@ -21,7 +21,8 @@ def test_workflows_keep_to_the_schema():
 def test_publish_builds_the_full_book_and_verifies_before_it_deploys():
     steps = yaml.safe_load((FOLDER / "publish.yml").read_text())["jobs"]["publish"]["steps"]
     words = [step.get("run", step.get("uses", "")) for step in steps]
-    wanted = ("make book PROFILE=full", "make rerun PROFILE=full", "nsm-book verify --profile full", "upload-pages", "deploy-pages")
+    wanted = ("make book PROFILE=full", "make rerun PROFILE=full", "nsm-book verify --profile full", "upload-pages",
+              "deploy-pages")
     order = [next(i for i, word in enumerate(words) if text in word) for text in wanted]
     assert order == sorted(order)
     assert words.index("make book PROFILE=full", order[1]) < order[2]  # rendered again, with what the re-run found

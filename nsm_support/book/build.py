@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nsm_support.book import BookError, claims, execute, stage
+from nsm_support.book import BookError, claims, collect, execute, stage
 from nsm_support.book.fingerprint import record, stale_pages
 from nsm_support.book.pages import BUILD, pages, parameters, profile_parameters
 from nsm_support.results import ROOT
@@ -28,8 +28,10 @@ def only_build(console: Console):
 
     Snakemake inherits the open file, so the lock is free only when the build and its Snakemake have both ended, however.
     """
-    BUILD.mkdir(exist_ok=True)
-    with (BUILD / "build.lock").open("a+") as lock:
+    with execute.disk_errors_told():
+        BUILD.mkdir(exist_ok=True)
+        lock = (BUILD / "build.lock").open("a+")
+    with lock, execute.disk_errors_told():
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -38,7 +40,11 @@ def only_build(console: Console):
             console.print(f"{holder} is building in this checkout; waiting for it to end", highlight=False)
             fcntl.flock(lock, fcntl.LOCK_EX)
         with (BUILD / "steps.lock").open("a") as steps:  # held by every step that is still alive
-            fcntl.flock(steps, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(steps, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                console.print("a page or run outlived the build or sweep that was killed; waiting for it to end", highlight=False)
+                fcntl.flock(steps, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} (started {time.strftime('%H:%M:%S')})\n")
         lock.flush()
@@ -65,12 +71,14 @@ def note_state(profile: str, what: str, state: str, message: str = "", seconds: 
 
 def told(profile: str, what: str, work: Callable[[], str]) -> str:
     """Do one piece of work, tell the build that watches how it went, and return the line that says what was done."""
-    note_state(profile, what, "running")
     began = time.perf_counter()
     try:
-        message = work()
+        with execute.disk_errors_told():
+            note_state(profile, what, "running")
+            message = work()
     except BaseException as error:
-        note_state(profile, what, "failed", str(error) if isinstance(error, BookError) else f"{what}: {error!r}")
+        with contextlib.suppress(OSError):  # on a full disk only Snakemake's log may hold the reason
+            note_state(profile, what, "failed", str(error) if isinstance(error, BookError) else f"{what}: {error!r}")
         raise
     note_state(profile, what, "done", message, time.perf_counter() - began)
     return message
@@ -151,10 +159,31 @@ def snakemake(words: list[str], profile: str, expected: dict[str, float], cores:
     return process.returncode
 
 
+def failures(code: int, states: dict[str, dict]) -> dict[str, str]:
+    """Why each step failed, by name. A step at work when Snakemake ends by itself was killed, or had no room to say more."""
+    failed = {what: entry["message"] for what, entry in states.items() if entry["state"] == "failed"}
+    killed = [what for what, entry in states.items() if entry["state"] == "running" and code >= 0]
+    return failed | {what: f"{what}: its process or job ended without a word: killed, or out of time, memory or disk"
+                     for what in killed}
+
+
+def last_words(code: int, log: Path, told: list[str]) -> list[str]:
+    """What there is to add to what the steps told of themselves, once Snakemake has ended with this code."""
+    again = "give the same command again: what had ended before is kept"
+    if code < 0:
+        return [f"Snakemake was killed by signal {-code}: {again}"]
+    text = "\n".join(told) or log.read_text()[-4000:]
+    if shutil.disk_usage(BUILD).free < 2**20 or any(os.strerror(number) in text for number in execute.NO_ROOM):
+        return [f"no room was left for a file below {BUILD}. Make room and {again}"]
+    return [] if told else [text]
+
+
 def known_seconds(profile: str) -> dict[str, float]:
-    """What each page, and the site, took the last time."""
-    path = BUILD / "seconds" / f"{profile}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What each page, and the site, took the last time; nothing, if that cannot be read."""
+    try:
+        return dict(json.loads((BUILD / "seconds" / f"{profile}.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def build(profile: str, cores: int, console: Console) -> Path:
@@ -178,14 +207,12 @@ def build(profile: str, cores: int, console: Console) -> Path:
         log = BUILD / "log" / f"{profile}.txt"
         code = snakemake(["--cores", str(cores), "--config", f"profile={profile}"], profile, expected, cores, console,
                          lock=lock, log=log)
-        states = read_states(profile)
+        failed = list(failures(code, read_states(profile)).values())
         for entry in pages().values():
             known[entry.name] = record(entry.run(profile)).get("seconds", known.get(entry.name, entry.budget[profile]))
-        seconds = BUILD / "seconds" / f"{profile}.json"
-        seconds.parent.mkdir(parents=True, exist_ok=True)
-        seconds.write_text(json.dumps(known))
-        failed = [entry["message"] for entry in states.values() if entry["state"] == "failed"]
         if code:
-            shown = "\n\n".join(failed) or log.read_text()[-4000:]
+            shown = "\n\n".join([*failed, *last_words(code, log, failed)])
             raise BookError(f"{shown}\n\nThe site was left as it was. Snakemake's own log: {log}")
+        with collect.whole(BUILD / "seconds" / f"{profile}.json") as path:
+            path.write_text(json.dumps(known))
         return stage.switch(profile)

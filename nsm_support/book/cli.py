@@ -57,7 +57,7 @@ def run(page, given, folder, profile):
 
     twice = {name for name, _ in given if [other for other, _ in given].count(name) > 1}
     if twice:
-        raise BookError(f"{page}: parameter {', '.join(sorted(twice))} is given more than once")
+        raise BookError(f"{pages.page(page).name}: parameter {pages.brief(min(twice))} is given more than once")
     place = rerun(pages.page(page), dict(given), profile, folder)
     click.echo(f"{place / 'run.ipynb'}\n{place / 'results.json'}")
 

@@ -8,19 +8,20 @@ from typing import Any
 
 import nbformat
 
-from nsm_support.book.fingerprint import digest
+from nsm_support.book.fingerprint import checksum, digest, record
 from nsm_support.book.gate import glued
+from nsm_support.book.pages import BUILD, pages
 
 PROVENANCE = ("page", "profile", "seconds", "peak_memory_mb", "seed", "device", "commit", "date", "python", "platform")
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """One run's record: its provenance, its parameters, its versions, the values it glued and its notebook's digest."""
+    """One run's record: its provenance, parameters, versions, glued values, its notebook's digest and a checksum of all that."""
     notebook = nbformat.read(path, as_version=4)
     run = dict(notebook.metadata["nsm_book"])
     run["values"] = glued(notebook)
     run["notebook"], run["digest"] = path.name, digest(path)
-    return run
+    return run | {"checksum": checksum(run)}
 
 
 def whole(path: Path):
@@ -70,3 +71,23 @@ def write_table(records: list[dict[str, Any]], target: Path) -> None:
                          "value": float(entry["value"]) if number else None, "text": str(entry["value"])})
     with whole(target) as path:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def drop_damaged(profile: str) -> None:
+    """Take a profile's tables and its site away if they do not say what the runs say, so that they are made again."""
+    runs = [page.run(profile) for page in pages().values()]
+    tables = [BUILD / "results" / profile / f"results.{kind}" for kind in ("json", "parquet")]
+    card = BUILD / "sites" / f"{profile}.json"
+    if not all(map(record, runs)):
+        return  # a page runs again, and then so does all this
+    try:
+        site = card.parent / json.loads(card.read_text())["site"] / "results.json"
+        with tempfile.TemporaryDirectory() as folder:
+            again = [Path(folder, table.name) for table in tables]
+            write_table(write(runs, again[0]), again[1])
+            good = all(digest(path) == digest(new) for path, new in zip([*tables, site], [*again, again[0]], strict=True))
+    except (OSError, ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        for path in (*tables, card):
+            path.unlink(missing_ok=True)

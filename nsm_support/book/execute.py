@@ -1,25 +1,33 @@
 """Run one page through papermill: checked before, recorded after, written whole or not at all."""
 
+import contextlib
 import datetime
+import errno
 import importlib.metadata
+import importlib.util
+import json
 import logging
 import os
 import platform
+import py_compile
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nsm_support.book import BookError, gate
-from nsm_support.book.fingerprint import differences, digest, fingerprint, product, set_aside
+from nsm_support.book.fingerprint import differences, digest, fingerprint, module_file, product, sealed, set_aside
+from nsm_support.book.markup import plain
 from nsm_support.book.pages import BUILD, Page, check, pages, parameters, profile_parameters, read
 from nsm_support.results import ROOT
 
 VERSIONS = ("torch", "numpy", "scipy", "matplotlib", "plotly", "papermill", "jupyter-book")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def environment(needs: Path, makes: Path) -> dict[str, str]:
@@ -28,6 +36,28 @@ def environment(needs: Path, makes: Path) -> dict[str, str]:
     return {**one, "NSM_BOOK_RUN": "1", "NSM_BOOK_NEEDS": str(needs), "NSM_BOOK_MAKES": str(makes),
             "IPYTHONDIR": str(BUILD / "ipython"), "PYTHONHASHSEED": "0", "MPLBACKEND": "agg",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+
+
+@contextlib.contextmanager
+def disk_errors_told():
+    """Tell a disk that is full or not to be written to in one sentence, instead of a traceback."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise BookError(f"{error.filename or BUILD} cannot be written: {os.strerror(error.errno)}. Mend that and give the same "
+                        "command again: what had ended before is kept") from None
+
+
+def compile_by_content(modules: Iterable[str]) -> None:
+    """Let Python compare these modules with their bytecode by content: by second and size, as is usual, it would run the old
+    code of a module that was changed while the clock stood still or went back."""
+    for path in map(module_file, modules):
+        with contextlib.suppress(OSError):  # a checkout that is not to be written; then Python writes no bytecode either
+            compiled = Path(importlib.util.cache_from_source(path))
+            if compiled.read_bytes()[4:8] != b"\3\0\0\0" if compiled.exists() else not sys.dont_write_bytecode:
+                py_compile.compile(path, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
 
 
 def commit() -> str:
@@ -59,17 +89,25 @@ def reproduce_line(page: Page, profile: str, given: dict[str, Any]) -> str:
 
 
 def run_box(run: dict[str, Any]) -> str:
-    """The folded "This run" box that ends every page."""
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    shown = ", ".join(f"{name} = {value!r}" for name, value in run["all_parameters"].items())
+    """The folded "This run" box that ends every page: one block of HTML, in which no value is read as anything but text.
+
+    What a person gave stands in `code`, where MathJax looks for no formula.
+    """
+    def code(text: Any) -> str:
+        return f'<code style="white-space: pre-wrap">{plain(text)}</code>'  # a line break in it is part of the value
+
     rows = {
-        "Profile": run["profile"], "Parameters": f"`{shown}`", "Seed": run["seed"], "Device": run["device"],
-        "Wall time": f"{run['seconds']:.1f} s", "Peak memory": f"{run['peak_memory_mb']:.0f} MB",
-        "Commit": f"`{run['commit']}`" + (" and uncommitted changes" if run["commit"].endswith("+") else ""), "Versions": versions, "Date": run["date"],
-        "Again": f"`{run['reproduce']}`",
+        "Profile": plain(run["profile"]),
+        "Parameters": code(", ".join(f"{name} = {value!r}" for name, value in run["all_parameters"].items())),
+        "Seed": code(run["seed"]), "Device": code(run["device"]), "Wall time": f"{run['seconds']:.1f} s",
+        "Peak memory": f"{run['peak_memory_mb']:.0f} MB",
+        "Commit": code(run["commit"]) + (" and uncommitted changes" if run["commit"].endswith("+") else ""),
+        "Versions": plain(", ".join(f"{name} {version}" for name, version in run["versions"].items())),
+        "Date": plain(run["date"]), "Again": code(run["reproduce"]),
     }
-    table = "\n".join(f"| {name} | {str(text).replace('|', chr(92) + '|')} |" for name, text in rows.items())
-    return ('<details class="this-run"><summary>This run</summary>\n\n| what | value |\n|---|---|\n' + table + "\n\n</details>")
+    table = "".join(f'<tr><th scope="row">{name}</th><td>{text}</td></tr>' for name, text in rows.items())
+    return ('<details class="this-run"><summary>This run</summary><table class="table"><thead><tr><th scope="col">what</th>'
+            f'<th scope="col">value</th></tr></thead><tbody>{table}</tbody></table></details>')
 
 
 def run_page(
@@ -99,6 +137,7 @@ def run_page(
             raise BookError(f"{page.name}: needs {name}, which another page makes and {needs} does not hold yet: "
                             f"make book PROFILE={profile}")
     printed, today = fingerprint(page, profile, given), commit()
+    compile_by_content(printed["modules"])
     target.parent.mkdir(parents=True, exist_ok=True)
     failed = target.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
@@ -111,12 +150,15 @@ def run_page(
         # An error stays in the notebook, where the gate finds it; a dead kernel leaves none.
         died = []
         try:
-            papermill.execute_notebook(source, output, parameters=given, kernel_name="python3", progress_bar=False,
+            # papermill fills parameters into the braces of a path
+            paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]
+            papermill.execute_notebook(*paths, parameters=given, kernel_name="python3", progress_bar=False,
                                        cwd=ROOT, shutdown_kernel="immediate", extra_arguments=["--log-level=ERROR"])
         except papermill.PapermillExecutionError:
             pass
         except DeadKernelError:
-            died = [f"{page.name}: its kernel died (killed, or out of memory)"]
+            died = [f"{page.name}: its kernel died (killed, or out of memory) having used {peak_memory():.0f} MB; book/pages.yml "
+                    f"says {page.memory} MB. Free memory, or run fewer side by side, and give the same command again"]
         notebook = nbformat.read(output, as_version=4)
         everything = {name: p.default for name, p in parameters(page).items()} | given
         notebook.metadata["nsm_book"] = run = {
@@ -131,11 +173,16 @@ def run_page(
             "made": {name: digest(makes / name) for name in page.makes},
         }
         notebook.cells.append(nbformat.v4.new_markdown_cell(run_box(run), id="this-run"))
+        for number, cell in enumerate(notebook.cells[:-1], start=1):
+            cell.id = f"cell-{number}"  # jupytext and papermill draw lots
+        for path in ("input_path", "output_path"):  # of the folder that is gone in a moment
+            notebook.metadata["papermill"].pop(path)
         gate.mark_for_comparison(notebook)
         problems = died + gate.problems(notebook, page, prose=publish)
         if not problems:
             problems = [f"{page.name}: did not make {name}" for name in page.makes if not (makes / name).exists()]
-        nbformat.write(notebook, output)
+        written = sealed(json.loads(nbformat.writes(notebook)))
+        output.write_text(json.dumps(written, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
         os.replace(output, failed if problems else target)
     if problems:
         raise BookError("\n\n".join([*problems, f"what the run left: {failed}"]))
@@ -143,7 +190,7 @@ def run_page(
 
 def execute(page: Page, profile: str) -> str:
     """Bring one page of a profile up to date; return one line saying what was done."""
-    if page.run(profile).exists() and not differences(page, profile):
+    if gate.record_of(page.run(profile)) and not differences(page, profile):
         page.run(profile).touch()
         return f"{page.name}: unchanged"
     store = product("", profile)
@@ -157,11 +204,11 @@ def execute(page: Page, profile: str) -> str:
 def slug(given: dict[str, Any]) -> str:
     """A folder name for these parameters: readable, safe on any file system, and never the same for two sets."""
     import hashlib
-    import json
     import re
 
     text = ",".join(f"{name}={value}" for name, value in sorted(given.items())) or "defaults"
-    safe = re.sub(r"[^\w=,.\-]", "_", text)
+    # Other letters take up to four bytes each, of the 255 that a name may have.
+    safe = re.sub(r"[^\w=,.\-]", "_", text, flags=re.ASCII)
     if safe == text and len(text) <= 80 and text.count("=") == len(given):
         return text
     return f"{safe[:60]}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]}"
@@ -177,7 +224,8 @@ def rerun(page: Page, given: dict[str, Any], profile: str, folder: Path) -> Path
     merged = profile_parameters(page, profile) | checked
     name = slug(checked) if profile == "full" else f"{profile},{slug(checked)}"
     place = folder.resolve() / page.name.replace("/", "-") / name
-    run_into(place, page, profile, merged)
+    with disk_errors_told():
+        run_into(place, page, profile, merged)
     return place
 
 

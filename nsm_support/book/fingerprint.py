@@ -3,7 +3,9 @@
 import ast
 import hashlib
 import json
+import os
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ def digest(path: Path) -> str:
 def import_graph():
     import grimp
 
-    return grimp.build_graph("nsm_support", cache_dir=str(BUILD / "grimp"))
+    return grimp.build_graph("nsm_support", cache_dir=None)  # its cache goes by dates, and would miss what they do not tell
 
 
 def imported_modules(cells: list[str]) -> list[str]:
@@ -90,11 +92,24 @@ def product(name: str, profile: str) -> Path:
     return BUILD / "products" / profile / name
 
 
+def checksum(*said: dict[str, Any]) -> str:
+    """The SHA-256 of everything that these say, but the checksum that stands among it: 16 hex digits."""
+    told = [{name: value for name, value in one.items() if name != "checksum"} for one in said]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sealed(notebook: dict[str, Any]) -> dict[str, Any]:
+    """An executed notebook with the checksum in it that tells whether it is as it was written."""
+    rest = {name: value for name, value in notebook.items() if name != "metadata"}
+    return {**rest, "metadata": {**notebook["metadata"], "checksum": checksum(rest, notebook["metadata"])}}
+
+
 def record(path: Path) -> dict[str, Any]:
-    """What a run recorded of itself; empty if there is no run, or it is not whole."""
+    """What a run recorded of itself; empty if there is no run, or it is not as it was written."""
     try:
-        return json.loads(path.read_text())["metadata"]["nsm_book"]
-    except (OSError, ValueError, KeyError, TypeError):
+        notebook = json.loads(path.read_text())
+        return notebook["metadata"]["nsm_book"] if notebook == sealed(notebook) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -149,5 +164,16 @@ def set_aside_stale(profile: str) -> None:
         run, aside = page.run(profile), set_aside(page, profile)
         if page in stale and run.exists():
             run.replace(aside)
-        elif page not in stale and not run.exists():
+        elif page not in stale and not record(run):
             aside.replace(run)
+
+
+def forget_dates(profile: str) -> None:
+    """Give one date to everything of a profile that stands after whatever is stale was taken away: Snakemake goes by dates,
+    and what a clock that jumped, or an archive, left in the future would be older than nothing made today."""
+    now = time.time()
+    for folder in ("runs", "products", "results"):
+        for path in (BUILD / folder / profile).rglob("*"):
+            os.utime(path, (now, now))
+    for path in (BUILD / "sites").glob(f"{profile}.json"):
+        os.utime(path, (now, now))

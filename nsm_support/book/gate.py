@@ -1,12 +1,14 @@
 """What may be published: a run without an error, a warning, a blank figure or a blank number."""
 
+import html
 import re
 
 import nbformat
 
 from nsm_support.book import claims
 from nsm_support.book.fingerprint import record as record_of
-from nsm_support.book.pages import Page
+from nsm_support.book.pages import Page, brief
+from nsm_support.results import GLUE_MIME
 
 GLUE_ROLE = re.compile(r"\{glue:\w*\}`([^`:]+)(?::[^`]*)?`")
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -15,6 +17,14 @@ WORDS = r"(?:[^*_]{0,80}?[^\w*_])?(?:supported|refuted|undecided)(?:[^\w*_][^*_]
 TYPED = re.compile(rf"(?<![\w*])\*{{1,3}}(?=[^\s*]){WORDS}(?<=[^\s*])\*{{1,3}}(?![\w*])"
                    rf"|(?<!\w)_{{1,2}}(?=[^\s_]){WORDS}(?<=[^\s_])_{{1,2}}(?!\w)", re.IGNORECASE)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+KINDS = ("text/plain", "text/html", GLUE_MIME, PLOTLY, "image/png", "image/jpeg", "image/svg+xml")
+# HTML in which every < begins a tag or a comment that is read here as a browser reads it: it can hide none.
+VALUE = r"""(?:\s*=\s*(?:"[^"<]*"|'[^'<]*'))?"""
+TOKEN = re.compile(rf"[^<]+|<!--[^<>]*-->|<(/?[a-z][\w:-]*)((?:\s+[\w:.-]+{VALUE})*)\s*/?>", re.IGNORECASE | re.ASCII)
+ATTRIBUTE = re.compile(rf"\s+([\w:.-]+)({VALUE})", re.ASCII)
+ACTIVE = {"script", "iframe", "frame", "object", "embed", "applet", "base", "meta", "link", "form", "portal", "set", "animate",
+          "animatemotion", "animatetransform"}  # what runs code, loads it, or puts it in later
+SCRIPT_URL = re.compile(r"(?:javascript|vbscript|data(?!:image/(?:png|jpeg|gif)[;,])):", re.IGNORECASE)
 __all__ = ["glued", "mark_for_comparison", "problems", "record_of"]
 
 
@@ -45,6 +55,30 @@ def output_problem(output: nbformat.NotebookNode) -> str | None:
         return "a plotly figure without HTML: show it with nsm_support.figures.show"
     if any(kind.startswith("image/") for kind in data) and "text/html" not in data:
         return "an image without alt text: show it with nsm_support.figures.show"
+    for kind in data:
+        if kind not in KINDS:
+            return f"an output of the kind {brief(kind)}: accepts text, tables, and what nsm_support.figures.show makes"
+    found = active(data["text/html"]) if "text/html" in data else None
+    return found and f"its HTML holds {brief(found)}: accepts no script but the data of nsm_support.figures.show"
+
+
+def active(text: str) -> str | None:
+    """The first piece of some HTML that may run code in a reader's browser, or is not plainly written; None without one.
+
+    Data are no code: a `script` of the type application/json, as the book's figures have it, is none that runs.
+    """
+    place = 0
+    while place < len(text):
+        token = TOKEN.match(text, place)
+        if token is None:
+            return text[place:place + 60]
+        place, tag, given = token.end(), (token[1] or "").lower(), {}
+        for name, value in ATTRIBUTE.findall(token[2] or ""):
+            given.setdefault(name.lower(), html.unescape(value.lstrip("= \t\r\n\f\v")[1:-1]))  # of two, a browser takes the first
+        runs = tag in ACTIVE and (tag != "script" or given.get("type") != "application/json")
+        if (runs or any(name.startswith("on") or name == "srcdoc" for name in given)
+                or any(SCRIPT_URL.match(re.sub(r"[\x00-\x20]", "", value)) for value in given.values())):
+            return token[0]
     return None
 
 

@@ -3,7 +3,7 @@
 import html
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Cell(NamedTuple):
@@ -50,6 +50,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str | Cell]], label: str)
 def folded(summary: str, body: str) -> str:
     """HTML that is there when it is asked for."""
     return f'<details class="nsm-fold"><summary>{html.escape(summary)}</summary>{body}</details>'
+
+
+def plain(text: Any) -> str:
+    """Text that a Markdown page or a block of HTML in it shows as it stands: whatever may mean something to HTML, Markdown,
+    MyST or a formula, or may end the block, stands as a character reference."""
+    return re.sub(r"[^\w .,=/-]|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", str(text))
 
 
 def raw(text: str) -> str:

@@ -5,13 +5,14 @@ import copy
 import difflib
 import io
 import tokenize
+import warnings
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from nsm_support.book import BookError
 from nsm_support.results import ROOT
@@ -56,35 +57,50 @@ class Parameter:
     meaning: str
 
     def accept(self, value: Any, page: str) -> Any:
-        """The value as the page's own type. Text (from a command line or a table) is read as that type first.
+        """The value as the page's own type. Text (from a command line or a table) is read as that type first; what was accepted
+        is accepted again as it is.
 
         Raises:
             BookError: naming the page, the parameter, its type and the value.
         """
-        if isinstance(value, str) and self.type != "str" and not self.type.startswith("Literal["):
+        as_text = self.type == "str" or self.type.startswith("Literal[")
+        read = value if as_text or not isinstance(value, str) else _literal(value)
+        errors = []
+        for one in (read, value):  # `5` is no `str | None`, and yet a text
             try:
-                value = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                pass  # stays text, which no other type accepts
-        try:
-            accepted = _adapter(self.type).validate_python(value)
-        except ValidationError as error:
-            why = error.errors()[0]["msg"]
-            raise BookError(f"{page}: parameter {self.name} is {self.type} (default {self.default!r}), "
-                            f"got {brief(value)}: {why}") from None
-        return accepted
+                return _adapter(self.type).validate_python(one)
+            except ValidationError as error:
+                errors.append(error.errors(include_url=False)[0]["msg"])
+        raise BookError(f"{page}: parameter {self.name} is {self.type} (default {self.default!r}), got {brief(read)}: "
+                        f"{errors[0]}")
+
+
+def _literal(text: str) -> Any:
+    """What a text says as a Python literal; the text itself if it is none, or quotes another text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python may refuse one day
+            found = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return text if isinstance(found, str) else found
 
 
 @cache
 def _adapter(kind: str) -> TypeAdapter:
-    """What holds a value to a parameter's type: strictly, and without NaN and infinity."""
-    accepted = eval(kind, {"__builtins__": {}}, TYPES)  # only the names in TYPES, checked when the page was read
+    """What holds a value to a parameter's type: strictly, and without what a result store or a command line cannot hold: NaN,
+    infinity, whole numbers of more than 64 bits, null characters."""
+    names = {**TYPES, "int": Annotated[int, Field(ge=-(2**63), lt=2**63)], "str": Annotated[str, Field(pattern=r"^[^\x00]*$")]}
+    accepted = eval(kind, {"__builtins__": {}}, names)  # only the names in TYPES, checked when the page was read
     return TypeAdapter(accepted, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def brief(value: Any) -> str:
     """A value as a message shows it: on one line, and not longer than a person reads."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes out no number of more than 4,300 digits, and no deep nest
+        text = f"{type(value).__name__} too large to show"
     return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 
 
@@ -142,9 +158,9 @@ def page(name: str) -> Page:
     return pages()[name]
 
 
-def unknown(what: str, given: str, accepted) -> str:
+def unknown(what: str, given: Any, accepted) -> str:
     """The sentence for a name that is not known: what was given, the nearest accepted name, and all of them."""
-    near = difflib.get_close_matches(str(given)[:100], list(accepted), n=1)
+    near = difflib.get_close_matches(given[:100] if isinstance(given, str) else "", list(accepted), n=1)
     hint = f"; nearest: {near[0]}" if near else ""
     return f"unknown {what} {brief(given)}{hint}; accepted: {', '.join(accepted) or 'none'}"
 

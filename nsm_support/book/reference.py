@@ -1,5 +1,6 @@
 """`reference/parameters`: every parameter of every page, and what the quick profile makes of it."""
 
+from nsm_support.book.markup import raw, table
 from nsm_support.book.pages import pages, parameters, profile_parameters, read
 
 
@@ -11,11 +12,8 @@ def parameter_page() -> str:
     for entry in pages().values():
         quick = profile_parameters(entry, "quick")
         title = read(entry).cells[0].source.splitlines()[0].lstrip("# ")
-        lines += [f"## {title}", "", f"`nsm-book run {entry.name}`", "", "| name | type | default | quick | meaning |",
-                  "|---|---|---|---|---|"]
-        for p in parameters(entry).values():
-            kind = p.type.replace("|", "\\|")
-            changed = f"`{quick[p.name]!r}`" if p.name in quick else "–"
-            lines.append(f"| `{p.name}` | `{kind}` | `{p.default!r}` | {changed} | {p.meaning} |")
-        lines.append("")
+        rows = [[p.name, p.type, repr(p.default), repr(quick[p.name]) if p.name in quick else "–", p.meaning]
+                for p in parameters(entry).values()]
+        lines += [f"## {title}", "", f"`nsm-book run {entry.name}`", "",
+                  raw(table(["name", "type", "default", "quick", "meaning"], rows, f"Parameters of {entry.name}")), ""]
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """The gate and the site: executed pages and prose in one folder, rendered, checked, and switched to in one step."""
 
 import hashlib
-import html
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import yaml
 
 from nsm_support.book import BookError, claims, collect, compare, gate, ledger, reference, runs, swept
 from nsm_support.book.fingerprint import differences, digest, record
+from nsm_support.book.markup import plain
 from nsm_support.book.pages import BOOK, BUILD, Page, page, pages, read_yaml, unknown
 from nsm_support.results import ROOT
 
@@ -103,7 +103,7 @@ def fill(text: str, records: dict[str, dict[str, Any]], where: str) -> str:
         if key not in values:
             raise BookError(f"{where}: {unknown(f'value of {name}', key, values)}")
         try:
-            return html.escape(format(values[key]["value"], form or ""))
+            return plain(format(values[key]["value"], form or ""))
         except (ValueError, TypeError) as error:
             raise BookError(f"{where}: {match[0]}: the value is {values[key]['value']!r}: {error}") from None
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from nsm_support.book import BookError, build, collect
 from nsm_support.book.execute import run_into
-from nsm_support.book.fingerprint import digest, fingerprint, stale_pages
+from nsm_support.book.fingerprint import checksum, digest, fingerprint, stale_pages
 from nsm_support.book.pages import BUILD, Page, check, page, pages
 from nsm_support.book.table import Run, Sweep, read_sweep
 
@@ -42,6 +42,7 @@ def finished(sweep: Sweep) -> dict[str, dict[str, Any]]:
             (record,) = json.loads((place / "results.json").read_text())
             whole = {"run.ipynb": record["digest"], **record["made"]}
             if (record["fingerprint"] == {**today, "parameters": json.loads(json.dumps(run.parameters))}
+                    and record["checksum"] == checksum(record)
                     and all(digest(place / name) == printed for name, printed in whole.items())):
                 found[run.id] = record
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -171,7 +172,7 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
         before, first = finished(sweep), stale_makers(sweep)
         # What a page that has to run again makes may be another file: then every run looks for itself.
         todo = [run for run in sweep.runs.values() if first or run.id not in before]
-        states, code = {}, 0
+        why, code = {}, 0
         if todo:
             for left in [path for run in todo for path in (sweep.folder / run.id).glob(".*")]:
                 shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
@@ -185,10 +186,10 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
             words = ["sweep", *where, str(jobs), "--config", f"profile={sweep.profile}",
                      f"plan=_build/sweeps/{name}/plan.json"]
             code = build.snakemake(words, sweep.profile, expected, jobs, console, lock=lock, log=log)
-            states = build.read_states(sweep.profile)
-        told = [entry["message"] for what, entry in states.items() if entry["state"] == "failed" and " " not in what]
-        if code and all(entry["state"] == "done" for entry in states.values()):
-            told.append(log.read_text()[-4000:])
+            why = build.failures(code, build.read_states(sweep.profile))
+        told = [message for what, message in why.items() if " " not in what]
+        if code:
+            told += build.last_words(code, log, list(why.values()))
         behind = stale_makers(sweep) if first else []
         if behind:
             raise BookError("\n\n".join([*told, f"sweep {name}: needs {', '.join(behind)}; its table was left as it was. "
@@ -197,8 +198,8 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
         collect_table(sweep, records)
     failed = [run for run in sweep.runs.values() if run.id not in records]
     for run in failed:
-        why = states.get(_what(sweep.page.name, run.id), {}).get("message")
-        told.append(f"{run.label or 'defaults'} ({run.id}): {why or 'it did not end, or its page changed meanwhile'}")
+        reason = why.get(_what(sweep.page.name, run.id), "it did not end, or its page changed meanwhile")
+        told.append(f"{run.label or 'defaults'} ({run.id}): {reason}")
     if failed:
         raise BookError("\n\n".join([*told, f"sweep {name}: {len(failed)} of {len(sweep.runs)} runs failed; "
                                      f"{sweep.table} holds the others. Snakemake's own log: {log}"]))
