@@ -8,6 +8,7 @@ where it would have ended (same machine, same number of threads). Files are writ
 import io
 import math
 import os
+import pickle
 import sys
 import time
 import zipfile
@@ -293,6 +294,9 @@ def _read_whole(path: Path, kind: str) -> dict[str, Any]:
         if zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:  # torch.load does not look at the checksums
             raise zipfile.BadZipFile("a checksum does not fit")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its own words advise to read the file without this check
+        raise CheckpointError(f"{path} is damaged or no checkpoint (it holds more than tensors, numbers and text, so it was not "
+                              f"opened): remove it and run again") from None
     except Exception as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({error}): remove it and run again") from error
     if kind not in content:

@@ -5,6 +5,7 @@ with an index. Code that lies beside them is never run. What is read has to fit 
 """
 
 import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -133,7 +134,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise
     except Exception as error:  # each format has its own kinds
-        raise CheckpointError(f"{path} is damaged, or holds more than weights (read with weights_only): {error}") from error
+        why = "" if isinstance(error, pickle.UnpicklingError) else f": {error}"  # whose advice is to open it all the same
+        raise CheckpointError(f"{path} is damaged, or holds more than weights{why}") from error
 
 
 def _published(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
