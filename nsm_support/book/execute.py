@@ -125,11 +125,13 @@ def run_page(
             the target is as it was.
     """
     os.environ.update(environment(needs, makes))
+    with contextlib.suppress(OSError):  # a checkout that is not to be written; then IPython takes a folder of its own
+        Path(os.environ["IPYTHONDIR"]).mkdir(parents=True, exist_ok=True)
     import jupytext
     import nbformat
     import papermill
     from nbclient.exceptions import DeadKernelError
-
+    from traitlets.config import Config
     # Names and types are checked already; papermill knows no annotation like `int | None` and would warn of it.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     for name in page.needs:
@@ -142,18 +144,21 @@ def run_page(
     failed = target.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder:
+    with (tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder,
+          tempfile.TemporaryDirectory(prefix="nsm-") as sockets):
         source, output = Path(folder, "source.ipynb"), Path(folder, "run.ipynb")
         notebook = read(page)
         notebook.metadata.pop("jupytext", None)
         jupytext.write(notebook, source)
+        # The kernel is reached by files, for two kernels that start at once may be given the same free port.
         # An error stays in the notebook, where the gate finds it; a dead kernel leaves none.
         died = []
         try:
             # papermill fills parameters into the braces of a path
             paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]
-            papermill.execute_notebook(*paths, parameters=given, kernel_name="python3", progress_bar=False,
-                                       cwd=ROOT, shutdown_kernel="immediate", extra_arguments=["--log-level=ERROR"])
+            papermill.execute_notebook(*paths, parameters=given, kernel_name="python3", progress_bar=False, cwd=ROOT,
+                                       shutdown_kernel="immediate", extra_arguments=["--log-level=ERROR"],
+                                       config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}))
         except papermill.PapermillExecutionError:
             pass
         except DeadKernelError:

@@ -54,7 +54,7 @@ def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> None
     """Write down what Snakemake has to do: steps of a few runs each, of that many seconds a run."""
     size = max(1, min(int(STEP_SECONDS / max(seconds, 1e-3)), len(todo) // (ROUNDS * jobs)))
     slices = [todo[start:start + size] for start in range(0, len(todo), size)]
-    plan = {"page": sweep.page.name, "profile": sweep.profile, "at_once": 2 if seconds < SHORT else 1,
+    plan = {"page": sweep.page.name, "profile": sweep.profile, "at_once": 2 if seconds < SHORT and size > 1 else 1,
             "steps": {f"{part[0].id}-{len(part)}": [run._asdict() for run in part] for part in slices}}
     shutil.rmtree(sweep.folder / "steps", ignore_errors=True)
     with collect.whole(sweep.folder / "plan.json") as path:
