@@ -151,7 +151,8 @@ def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypat
 
     assert sizes(1.0, 2) == [12] * 16 + [8]
     assert sizes(20.0, 2) == [3] * 66 + [2]
-    assert sizes(300.0, 2) == sizes(1.0, 50) == [1] * 200
+    assert sizes(300.0, 2) == [1] * 200 and sizes(1.0, 50) == [4] * 50
+    assert sizes(0.5, 8) == [16] * 12 + [8] and sizes(5.0, 8) == [3] * 66 + [2]
 
 
 @pytest.mark.parametrize("at_once", [1, 2])

@@ -16,7 +16,7 @@ from nsm_support.book.fingerprint import checksum, digest, fingerprint, stale_pa
 from nsm_support.book.pages import BUILD, Page, check, page, pages
 from nsm_support.book.table import Run, Sweep, read_sweep
 
-STEP_SECONDS = 60.0  # what a step takes at most, unless one run takes longer
+STEP_SECONDS = 8.0, 60.0  # what a step takes at least, for it needs more than one to start; and at most, if no run takes longer
 SHORT = 3.0  # seconds: a run that takes less waits for much of them, for its kernel to start and to end
 ROUNDS = 8  # steps that each job gets at least, so that all jobs end at about the same time
 
@@ -52,7 +52,8 @@ def finished(sweep: Sweep) -> dict[str, dict[str, Any]]:
 
 def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> None:
     """Write down what Snakemake has to do: steps of a few runs each, of that many seconds a run."""
-    size = max(1, min(int(STEP_SECONDS / max(seconds, 1e-3)), len(todo) // (ROUNDS * jobs)))
+    least, most = (int(limit / max(seconds, 1e-3)) for limit in STEP_SECONDS)
+    size = max(1, min(most, -(-len(todo) // jobs), max(least, len(todo) // (ROUNDS * jobs))))
     slices = [todo[start:start + size] for start in range(0, len(todo), size)]
     plan = {"page": sweep.page.name, "profile": sweep.profile, "at_once": 2 if seconds < SHORT and size > 1 else 1,
             "steps": {f"{part[0].id}-{len(part)}": [run._asdict() for run in part] for part in slices}}

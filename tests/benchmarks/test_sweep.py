@@ -3,6 +3,7 @@
 A trivial page imports nothing; a page that does nothing imports what the book's pages import.
 """
 
+import contextlib
 import os
 import resource
 import signal
@@ -112,7 +113,8 @@ def test_a_sweep_that_is_killed_at_half_needs_the_other_half(benchmark, tmp_path
         assert process.poll() is None
         time.sleep(0.02)
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        member.send_signal(signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
     process.wait()
     rest, _ = benchmark.pedantic(lambda: timed(lambda: sweep(killed, 2)), rounds=1, iterations=1)
     benchmark.extra_info.update(whole=once, resumed=rest, share=rest / once)
