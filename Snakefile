@@ -11,8 +11,9 @@ RUNS = {name: page.run(PROFILE).relative_to(pages.ROOT) for name, page in pages.
 
 if workflow.is_main_process:
     fingerprint.set_aside_stale(PROFILE)
-    collect.drop_damaged(PROFILE)
-    stage.drop_stale_site(PROFILE)
+    if "plan" not in config:  # a sweep makes neither tables nor site
+        collect.drop_damaged(PROFILE)
+        stage.drop_stale_site(PROFILE)
     fingerprint.forget_dates(PROFILE)
 
 

@@ -1,13 +1,15 @@
 """A small book of its own for the pipeline's tests: real pages, real kernels, the project's own package."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,11 +103,21 @@ def slurm(tmp_path):
         end = pytest.fail if os.environ.get("NSM_BOOK_NEED_SLURM") == "1" else pytest.skip
         end(f"needs {', '.join(lacking)}: apt-get install slurm-wlm munge; pip install -r profiles/slurm/requirements.txt")
     folder, conf = tmp_path / "slurm", Path("/etc/slurm/slurm.conf")
+    with Path(tempfile.gettempdir(), "nsm-book-slurm.lock").open("w") as lock:  # one at a time, whichever worker of pytest asks
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield from one_node(folder, conf)
+
+
+def one_node(folder: Path, conf: Path):
     try:
         subprocess.run([ROOT / "tests/slurm/start.sh", folder], check=True, timeout=60)
         yield
     finally:
-        for path in folder.glob("*.pid"):
-            os.kill(int(path.read_text()), signal.SIGTERM)
+        pids = [int(path.read_text()) for path in folder.glob("*.pid")]
+        daemons = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        for daemon in daemons:
+            daemon.terminate()
+        for daemon in psutil.wait_procs(daemons, timeout=30)[1]:  # they hold the ports until they have ended
+            daemon.kill()
         if conf.is_symlink() and conf.resolve() == (folder / "slurm.conf").resolve():
             conf.unlink()

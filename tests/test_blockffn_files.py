@@ -50,6 +50,7 @@ def run_first_notebook(folder: Path, monkeypatch) -> tuple[str, int]:
     monkeypatch.chdir(folder / "notebooks")
     cells = (Path(__file__).parent / "blockffn_notebook.txt").read_text().split("# %%\n")
     space, printed = {"display": print}, io.StringIO()
+    plt.close("all")
     with contextlib.redirect_stdout(printed), plt.rc_context():
         for cell in cells:
             exec(compile(cell, "notebook", "exec"), space)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from nsm_support.blockffn.checkpoint import load_checkpoint
 from nsm_support.blockffn.corpus import load_trained
 from nsm_support.book import BookError, execute, gate, pages, table
+from nsm_support.book.fingerprint import sealed
 from nsm_support.results import GLUE_MIME, read_product
 from nsm_support.training import CheckpointError, load_model
 from tests.browser import browser, served
@@ -301,7 +302,10 @@ def test_a_page_with_a_script_is_not_published(harmed, tmp_path):
     notebook = nbformat.read(run, as_version=4)
     harm = {"text/html": "<p onclick='hit(1)'>", "text/plain": ""}
     notebook.cells[2].outputs.append(nbformat.v4.new_output("display_data", harm))
-    nbformat.write(notebook, run)
+    run.write_text(nbformat.writes(notebook))
+    code, output = book.book("site")
+    assert code == 1 and "group/second.ipynb is not today's" in output, output  # its checksum does not fit
+    run.write_text(json.dumps(sealed(json.loads(nbformat.writes(notebook)))))
     code, output = book.book("site")
     assert code == 1 and "group/second, cell 3 (from nsm_support.metrics" in output and "<p onclick='hit(1)'>" in output, output
     cell = "from IPython.display import Javascript\nJavascript('hit(1)')"

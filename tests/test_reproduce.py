@@ -14,7 +14,7 @@ import pytest
 from nsm_support.book.pages import BOOK
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.kernel, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.kernel
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (BOOK / "reference/reproduce.md").read_text(), re.DOTALL | re.MULTILINE)
 HOURS = "make book PROFILE=full"
 CLUSTER = next(place for place, (_, text) in enumerate(BLOCKS) if "profiles/slurm" in text)
@@ -38,58 +38,37 @@ def whole(folder: Path) -> dict[str, bytes]:
             for place in (folder / "_build/sweeps/mine").glob("*/results.json")}
 
 
-@pytest.fixture(scope="module")
-def walked(tmp_path_factory):
-    """The copy, after all that needs no cluster; what each block printed, and the sweep's runs after it."""
-    folder = tmp_path_factory.mktemp("project") / "book"
-    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.ipynb.part"))
-    (folder / ".venv").symlink_to(sys.prefix)
-    shutil.rmtree(folder / "_build/sweeps", ignore_errors=True)
-    told, runs = [], []
-    for place, (kind, text) in enumerate(BLOCKS):
-        assert text.startswith("make book") or HOURS not in text
-        done = run(folder, kind, "".join(line for line in text.splitlines(keepends=True) if not line.startswith(HOURS))
-                   if place != CLUSTER else "true")
-        assert done.returncode == 0, f"{text}\n{done.stdout}"
-        told.append(done.stdout)
-        runs.append(whole(folder))
-    return folder, told, runs
-
-
 def block(containing: str) -> int:
     """The place of the one block that has these words."""
     (place,) = (place for place, (_, text) in enumerate(BLOCKS) if containing in text)
     return place
 
 
-def test_a_run_with_another_parameter_is_compared_with_its_neighbour(walked):
-    folder, told, _ = walked
+@pytest.mark.slurm
+def test_every_command_of_the_page_does_what_the_page_says(tmp_path, request):
+    folder = tmp_path / "book"
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__"))
+    (folder / ".venv").symlink_to(sys.prefix)
+    shutil.rmtree(folder / "_build/sweeps", ignore_errors=True)
+    told, runs = {}, {}
+    for place, (kind, text) in enumerate(BLOCKS):
+        if place != CLUSTER:  # that is for the end
+            done = run(folder, kind, "".join(line for line in text.splitlines(keepends=True) if not line.startswith(HOURS)))
+            assert done.returncode == 0, f"{text}\n{done.stdout}"
+            told[place], runs[place] = done.stdout, whole(folder)
     for states in (4, 8):
         place = folder / f"runs/tutorials-states/quick,num_states={states}"
         (record,) = json.loads((place / "results.json").read_text())
         assert record["all_parameters"]["num_states"] == states and (place / "run.ipynb").exists()
     assert "gap_zero" in told[block("nsm-book diff")]
-
-
-def test_a_table_that_grew_and_a_sweep_that_was_killed_repeat_nothing(walked):
-    _, told, runs = walked
-    first, grown = runs[block("cat > book/sweeps")], runs[block("timeout --signal KILL")]
-    assert len(first) == 4 and len(grown) == 6 and all(grown[id] == notebook for id, notebook in first.items())
-    assert "4 of 4 runs to do" in told[block("cat > book/sweeps")]
-    assert "2 of 6 runs to do" in told[block("timeout --signal KILL")]
-
-
-def test_the_tables_can_be_read_as_the_page_reads_them(walked):
-    folder, _, _ = walked
+    first, grown = block("cat > book/sweeps"), block("timeout --signal KILL")
+    assert "4 of 4 runs to do" in told[first] and "2 of 6 runs to do" in told[grown]
+    assert len(runs[first]) == 4 and len(runs[grown]) == 6 and runs[first].items() <= runs[grown].items()
     table = pandas.read_parquet(folder / "_build/sweeps/mine.parquet")
     assert list(table.status) == ["done"] * 6 and set(table["parameters.num_states"]) == {4, 8, 16}
     assert json.loads((folder / "out.ipynb").read_text())["metadata"]["papermill"]["parameters"] == {"digits": 100, "steps": 10}
 
-
-@pytest.mark.slurm
-def test_the_same_sweep_goes_on_as_jobs_of_a_cluster(walked, slurm):
-    folder, _, runs = walked
+    request.getfixturevalue("slurm")  # where there is none, all above was tried all the same
     done = run(folder, *BLOCKS[CLUSTER])
     assert done.returncode == 0 and "3 of 9 runs to do" in done.stdout, done.stdout
-    found = whole(folder)
-    assert len(found) == 9 and all(found[id] == notebook for id, notebook in runs[-1].items())
+    assert len(whole(folder)) == 9 and runs[grown].items() <= whole(folder).items()

@@ -81,11 +81,12 @@ def drop_damaged(profile: str) -> None:
     if not all(map(record, runs)):
         return  # a page runs again, and then so does all this
     try:
-        site = card.parent / json.loads(card.read_text())["site"] / "results.json"
+        sites = [card.parent / json.loads(card.read_text())["site"] / "results.json"] if card.exists() else []
         with tempfile.TemporaryDirectory() as folder:
             again = [Path(folder, table.name) for table in tables]
             write_table(write(runs, again[0]), again[1])
-            good = all(digest(path) == digest(new) for path, new in zip([*tables, site], [*again, again[0]], strict=True))
+            good = (all(digest(path) == digest(new) for path, new in zip(tables, again, strict=True))
+                    and all(digest(site) == digest(again[0]) for site in sites))
     except (OSError, ValueError, KeyError, TypeError):
         good = False
     if not good:
