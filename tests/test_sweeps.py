@@ -216,7 +216,7 @@ def test_the_books_own_sweeps_and_the_manuals_are_accepted(monkeypatch, tmp_path
     monkeypatch.setattr(table, "BOOK", tmp_path)
     monkeypatch.setattr(table, "ROOT", tmp_path)
     runs = list(table.read_sweep("x").runs.values())
-    assert len(runs) == 8 and runs[-1].label == "half_mass=4.0, steps=60, train_length=16, longest=64, seeds=[12]"
+    assert len(runs) == 8 and runs[-1].label == "half_mass=4.0, steps=60, train_length=16, longest=64, seeds=[14, 15, 16]"
 
 
 @pytest.fixture

@@ -80,15 +80,15 @@ def drop_damaged(profile: str) -> None:
     card = BUILD / "sites" / f"{profile}.json"
     if not all(map(record, runs)):
         return  # a page runs again, and then so does all this
-    try:
-        sites = [card.parent / json.loads(card.read_text())["site"] / "results.json"] if card.exists() else []
-        with tempfile.TemporaryDirectory() as folder:
-            again = [Path(folder, table.name) for table in tables]
-            write_table(write(runs, again[0]), again[1])
+    with tempfile.TemporaryDirectory() as folder:
+        again = [Path(folder, table.name) for table in tables]
+        write_table(write(runs, again[0]), again[1])
+        try:  # only reading what is judged may find damage
+            sites = [card.parent / json.loads(card.read_text())["site"] / "results.json"] if card.exists() else []
             good = (all(digest(path) == digest(new) for path, new in zip(tables, again, strict=True))
                     and all(digest(site) == digest(again[0]) for site in sites))
-    except (OSError, ValueError, KeyError, TypeError):
-        good = False
+        except (OSError, ValueError, KeyError, TypeError):
+            good = False
     if not good:
         for path in (*tables, card):
             path.unlink(missing_ok=True)

@@ -63,8 +63,12 @@ def ingredients(profile: str) -> str:
 def drop_stale_site(profile: str) -> None:
     """Let the site be rendered again if anything that it is made from is not what it was when it was rendered."""
     path = BUILD / "sites" / f"{profile}.json"
-    if path.exists() and json.loads(path.read_text()).get("ingredients") != ingredients(profile):
-        path.unlink()
+    try:
+        same = json.loads(path.read_text())["ingredients"] == ingredients(profile)
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
+        same = False
+    if not same:
+        path.unlink(missing_ok=True)
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -55,7 +55,7 @@ def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> None
     least, most = (int(limit / max(seconds, 1e-3)) for limit in STEP_SECONDS)
     size = max(1, min(most, -(-len(todo) // jobs), max(least, len(todo) // (ROUNDS * jobs))))
     slices = [todo[start:start + size] for start in range(0, len(todo), size)]
-    plan = {"page": sweep.page.name, "profile": sweep.profile, "at_once": 2 if seconds < SHORT and size > 1 else 1,
+    plan = {"page": sweep.page.name, "profile": sweep.profile, "at_once": 2 if seconds < SHORT and size > 1 and jobs > 1 else 1,
             "steps": {f"{part[0].id}-{len(part)}": [run._asdict() for run in part] for part in slices}}
     shutil.rmtree(sweep.folder / "steps", ignore_errors=True)
     with collect.whole(sweep.folder / "plan.json") as path:
@@ -178,7 +178,7 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
             for left in [path for run in todo for path in (sweep.folder / run.id).glob(".*")]:
                 shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
             took, known = [record["seconds"] for record in before.values()], build.known_seconds(sweep.profile)
-            seconds = statistics.median(took) if took else sweep.page.budget[sweep.profile]
+            seconds = statistics.median(took) if took else known.get(sweep.page.name, sweep.page.budget[sweep.profile])
             write_plan(sweep, todo, seconds, jobs)
             expected = {maker: known.get(maker, pages()[maker].budget[sweep.profile]) for maker in first}
             expected |= {_what(sweep.page.name, run.id): seconds for run in todo}
