@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nsm_support.book import pages, table
+
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Path(__file__).parent / "small_book"
 COPIED = ("nsm_support", "profiles", "Snakefile", "_config.yml", "requirements.txt", "constraints.txt")
@@ -89,6 +91,24 @@ def copy(built, tmp_path) -> Checkout:
     checkout.folder = tmp_path / "copy"
     shutil.copytree(built.folder, checkout.folder, symlinks=True)
     return checkout
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The small book in place of the real one, in this process; returns a function that writes a table and reads it."""
+    shutil.copytree(SMALL / "book", tmp_path / "book")
+    (tmp_path / "book/sweeps").mkdir()
+    for module in (pages, table):
+        monkeypatch.setattr(module, "BOOK", tmp_path / "book")
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    pages.pages.cache_clear()
+
+    def read(name: str, text: str | bytes) -> table.Sweep:
+        (tmp_path / "book/sweeps" / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        return table.read_sweep(Path(name).stem)
+
+    yield read
+    pages.pages.cache_clear()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from nsm_support.book import pages
 from nsm_support.book.execute import slug
-from nsm_support.book.fingerprint import imported_modules, page_code
+from nsm_support.book.fingerprint import fingerprint, imported_modules, page_code
 
 
 def really_imported(cells: list[str]) -> set[str]:
@@ -30,6 +30,21 @@ def test_imports_are_followed_through_packages():
     assert {"nsm_support", "nsm_support.nsm", "nsm_support.nsm.models", "nsm_support.nsm.layer"} <= set(found)
     assert imported_modules(["import numpy"]) == []
     assert "nsm_support.metrics" not in imported_modules(["from nsm_support import results"])
+
+
+def test_a_run_depends_on_what_is_in_the_files_that_its_parameters_name(tmp_path):
+    page, text, folder = pages.page("blockffn/model"), tmp_path / "text.txt", tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    text.write_text("one")
+    given = {"text": str(text), "checkpoint": str(folder), "device": "cpu"}
+    before = fingerprint(page, "quick", given)
+    assert fingerprint(page, "quick", given) == before and before["files"].keys() == {"text", "checkpoint"}
+    text.write_text("two")
+    assert fingerprint(page, "quick", given) != before
+    text.write_text("one")
+    (folder / "config.json").write_text("[]")
+    assert fingerprint(page, "quick", given) != before
 
 
 def test_folder_names_are_readable_safe_and_never_shared():

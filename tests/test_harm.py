@@ -27,7 +27,6 @@ from nsm_support.training import CheckpointError, load_model
 from tests.browser import browser, served
 from tests.conftest import Checkout
 from tests.test_blockffn_checkpoint import COMMON, KINDS
-from tests.test_sweeps import small  # noqa: F401  the small book, in this process
 
 # One string for all readers: HTML, Markdown, MyST, formulas, the shell, Python, paths, and the book's own rewriting.
 EVIL = ("</code></td></table></details><script>hit(1)</script><img src=x onerror=hit(2)>\n\n# Title\n\n`a` | b ``` $x^2$ "
@@ -134,7 +133,7 @@ def as_csv(rows) -> str:
     return out.getvalue()
 
 
-def test_any_table_of_runs_is_accepted_or_refused_in_one_line(small):  # noqa: F811
+def test_any_table_of_runs_is_accepted_or_refused_in_one_line(small):
     """2,000 tables: whole ones, wrong ones, and ones with harm put in at any place."""
     accepted, told = [], []
 
@@ -261,7 +260,8 @@ def test_a_readers_browser_shows_every_value_as_text(harmed):
 SHOWN = ["a &lt;b&gt; onclick=1", '<div><style scoped>.a > b {color: red}</style><b title="one = 3, on = 2">x</b></div>',
          '<script type="application/json" class="nsm-data">{"a": "\\u003cscript>"}</script>', '<th class="x" ></th>',
          '<svg xmlns:xlink="http://x"><use xlink:href="#m"/><!-- &lt; --></svg><a href="https://x.example/">y</a>',
-         '<img alt="" src="data:image/png;base64,AA"><input hidden data-choices=\'["1"]\'>']
+         '<img alt="" src="data:image/png;base64,AA"><input hidden data-choices=\'["1"]\'>',
+         '<div role="img" aria-label="Data: accuracy over steps"><img alt="Data: a line" src="a.png"></div>']
 HIDDEN = [
     "<script>hit(1)</script>", '<script type="text/javascript" type="application/json">hit(1)</script>', "<svg/onload=hit(1)>",
     '<img src="x" oNeRRor="1">', "<img src=x onerror=hit(1)>", '<p x="1"onclick="hit(1)">', '<a xlink:href="JAVASCRIPT:hit(1)">',

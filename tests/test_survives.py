@@ -242,6 +242,15 @@ def test_damaged_tables_of_a_build_are_made_again_from_its_runs(book, damage):
     assert runs(book) == before and [path.read_bytes() for path in tables] == good
 
 
+def test_a_damaged_card_of_the_site_does_not_stop_a_build_of_a_page_that_changed(book):
+    card = book.folder / "_build/sites/quick.json"
+    halve(card)
+    with (book.folder / "book/group/second.md").open("a") as page:
+        page.write("\nOne sentence more.\n")
+    code, output = book.book("build")
+    assert code == 0 and "1 of 2 pages to run" in output and json.loads(card.read_text())["site"], output
+
+
 def test_a_run_of_a_sweep_that_was_damaged_unnoticeably_is_made_again_and_no_other(book):
     before, folder = runs(book), book.folder / "_build/sweeps"
     table = folder / "x.parquet"

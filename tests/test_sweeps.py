@@ -3,38 +3,19 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pandas
 import pytest
+from rich.console import Console
 
 from nsm_support.book import BookError, build, pages, sweep, table
 from nsm_support.book.pages import Page
-from tests.conftest import SMALL, Checkout
+from tests.conftest import Checkout
 
 kernel = pytest.mark.kernel
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """The small book in place of the real one, in this process; returns a function that writes a table and reads it."""
-    shutil.copytree(SMALL / "book", tmp_path / "book")
-    (tmp_path / "book/sweeps").mkdir()
-    for module in (pages, table):
-        monkeypatch.setattr(module, "BOOK", tmp_path / "book")
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    pages.pages.cache_clear()
-
-    def read(name: str, text: str | bytes) -> table.Sweep:
-        (tmp_path / "book/sweeps" / name).write_bytes(text.encode() if isinstance(text, str) else text)
-        return table.read_sweep(Path(name).stem)
-
-    yield read
-    pages.pages.cache_clear()
 
 
 FIRST = "page: group/first\n"
@@ -153,6 +134,18 @@ def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypat
     assert sizes(20.0, 2) == [3] * 66 + [2]
     assert sizes(300.0, 2) == [1] * 200 and sizes(1.0, 50) == [4] * 50
     assert sizes(0.5, 8) == [16] * 12 + [8] and sizes(5.0, 8) == [3] * 66 + [2]
+
+
+def test_a_measure_that_no_run_has_is_told_at_the_end(small, monkeypatch, tmp_path):
+    for module in (table, sweep, build):
+        monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
+    monkeypatch.setattr(sweep, "stale_makers", lambda found: [])
+    monkeypatch.setattr(sweep, "finished", lambda found: {id: {"values": {"mean": {"value": 2.0}}} for id in found.runs})
+    small("x.yml", FIRST + "measure: mean\ngrid: {count: [3, 4]}\n")
+    assert "2 runs, all done" in sweep.run("x", 2, None, Console())
+    small("x.yml", FIRST + "measure: maen\ngrid: {count: [3, 4]}\n")
+    with pytest.raises(BookError, match="all runs are done, but unknown measure 'maen'; nearest: mean; accepted: mean, seconds"):
+        sweep.run("x", 2, None, Console())
 
 
 @pytest.mark.parametrize("at_once", [1, 2])

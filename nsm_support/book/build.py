@@ -207,7 +207,10 @@ def build(profile: str, cores: int, console: Console) -> Path:
         log = BUILD / "log" / f"{profile}.txt"
         code = snakemake(["--cores", str(cores), "--config", f"profile={profile}"], profile, expected, cores, console,
                          lock=lock, log=log)
-        failed = list(failures(code, read_states(profile)).values())
+        states = read_states(profile)
+        failed = list(failures(code, states).values())
+        if states.get("site", {}).get("state") == "done":
+            known["site"] = states["site"]["seconds"]
         for entry in pages().values():
             known[entry.name] = record(entry.run(profile)).get("seconds", known.get(entry.name, entry.budget[profile]))
         if code:

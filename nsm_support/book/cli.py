@@ -64,7 +64,8 @@ def run(page, given, folder, profile):
 
 @main.command()
 @click.argument("name")
-@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores", help="Runs side by side.")
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores",
+              help="Runs side by side; twice as many if they are short and it is more than one.")
 @click.option("--profile-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="A Snakemake profile that says where the runs run, such as profiles/slurm; by default on this machine.")
 def sweep(name, jobs, profile_dir):

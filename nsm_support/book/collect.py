@@ -1,4 +1,5 @@
-"""Read executed notebooks back into one table: page × parameters × values × seconds × memory × provenance."""
+"""Read executed notebooks back into one table: page × parameters × values × seconds × memory × provenance; and tell a table
+that says anything else from a good one."""
 
 import json
 import os

@@ -2,9 +2,7 @@
 
 import html
 
-from nsm_support.book import BookError
 from nsm_support.book.markup import Cell, folded, number, raw, table
-from nsm_support.book.pages import unknown
 from nsm_support.book.series import Choice, choices, measured, measures, told_apart, value_of
 from nsm_support.book.swept import MOST_RUNS, Row, Swept, read_all
 from nsm_support.book.table import sweeps
@@ -13,15 +11,11 @@ MOST_FRAMES = 4_000  # choices of parameters times measures
 
 
 def summary(rows: list[Row], first: str | None) -> tuple[list[Choice], list[str], int]:
-    """The choices and measures that the page draws, and how many choices it leaves to the table.
-
-    Raises:
-        BookError: if no run has the measure `first`, which the sweep names.
+    """The choices and measures that the page draws, `first` before all others if a run has it (an earlier version of the
+    page may not), and how many choices it leaves to the table.
     """
     all_choices, names = choices(rows), measures(rows)
-    if first is not None:
-        if all(measured(row, first) is None for row in rows):
-            raise BookError(unknown("measure", first, names))
+    if first is not None and any(measured(row, first) is not None for row in rows):
         names = [first, *(name for name in names if name != first)]
     kept = all_choices[:max(1, MOST_FRAMES // len(names))]
     return kept, names, len(all_choices) - len(kept)
@@ -43,10 +37,7 @@ def sweep_part(swept: Swept, number_of: int) -> list[str]:
         lines += [f"**{old} of these runs are of an earlier version of the page**: the same command brings them up to date.", ""]
     if not rows:
         return lines
-    try:
-        kept, names, left = summary(rows, swept.measure)
-    except BookError as error:
-        raise BookError(f"sweep {swept.name}: {error}") from None
+    kept, names, left = summary(rows, swept.measure)
     if left:
         lines += [f"{left} settings with the fewest runs are not drawn; the table has all.", ""]
     for figure in drawings.drawings(swept, rows, kept, names, f"sweep-{number_of}"):

@@ -27,6 +27,7 @@ from nsm_support.book.pages import BUILD, Page, check, pages, parameters, profil
 from nsm_support.results import ROOT
 
 VERSIONS = ("torch", "numpy", "scipy", "matplotlib", "plotly", "papermill", "jupyter-book")
+SOCKETS = "/tmp"  # instead of a TMPDIR whose path is too long: a socket's has 103 bytes at most
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -132,6 +133,7 @@ def run_page(
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
+
     # Names and types are checked already; papermill knows no annotation like `int | None` and would warn of it.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     for name in page.needs:
@@ -145,16 +147,16 @@ def run_page(
     failed.unlink(missing_ok=True)
     began = time.perf_counter()
     with (tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder,
-          tempfile.TemporaryDirectory(prefix="nsm-") as sockets):
+          tempfile.TemporaryDirectory(prefix="nsm-", dir=SOCKETS if len(tempfile.gettempdir()) > 60 else None) as sockets):
         source, output = Path(folder, "source.ipynb"), Path(folder, "run.ipynb")
         notebook = read(page)
         notebook.metadata.pop("jupytext", None)
         jupytext.write(notebook, source)
-        # The kernel is reached by files, for two kernels that start at once may be given the same free port.
         # An error stays in the notebook, where the gate finds it; a dead kernel leaves none.
         died = []
         try:
-            # papermill fills parameters into the braces of a path
+            # papermill fills parameters into the braces of a path. The kernel is reached by files: two that start at once may
+            # be given the same free port.
             paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]
             papermill.execute_notebook(*paths, parameters=given, kernel_name="python3", progress_bar=False, cwd=ROOT,
                                        shutdown_kernel="immediate", extra_arguments=["--log-level=ERROR"],

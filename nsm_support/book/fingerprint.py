@@ -68,6 +68,18 @@ def page_code(page: Page) -> list[str]:
     return [cell.source for cell in read(page).cells if cell.cell_type == "code"]
 
 
+def files(given: dict[str, Any]) -> dict[str, Any]:
+    """By the parameter that names it, the digest of a file, or of each file in a folder: paths as a kernel finds them."""
+    found = {}
+    for name, value in given.items():
+        path = os.path.join(ROOT, value) if isinstance(value, str) and value else ""
+        if os.path.isfile(path):
+            found[name] = digest(Path(path))
+        elif os.path.isdir(path):
+            found[name] = {one.name: digest(one) for one in sorted(Path(path).iterdir()) if one.is_file()}
+    return found
+
+
 def fingerprint(page: Page, profile: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
     """Everything a run of this page depends on, part by part.
 
@@ -79,6 +91,7 @@ def fingerprint(page: Page, profile: str, parameters: dict[str, Any] | None = No
     return {
         "source": digest(page.source),
         "parameters": json.loads(json.dumps(given)),
+        "files": files(given),
         "modules": {module: digest(module_file(module)) for module in imported_modules(page_code(page))},
         "products": {name: digest(product(name, profile)) for name in page.needs},
         "claims": hashlib.sha256(json.dumps(claims, sort_keys=True).encode()).hexdigest()[:16],
@@ -128,7 +141,7 @@ def differences(page: Page, profile: str, remade: frozenset[str] = frozenset()) 
     names = {"source": f"its source book/{page.name}.md", "claims": "its entries in book/claims.yml",
              "python": "the Python version"}
     lines += [f"{text} changed" for part, text in names.items() if old.get(part) != new[part]]
-    kinds = {"parameters": "parameter {}: {} → {}", "modules": "module {} changed", "pins": "pins: {} changed",
+    kinds = {"parameters": "parameter {}: {} → {}", "files": "the file that parameter {} names changed", "modules": "module {} changed", "pins": "pins: {} changed",
              "products": "product {} of another page changed"}
     for part, text in kinds.items():
         before, after = old.get(part, {}), new[part]

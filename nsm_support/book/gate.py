@@ -77,7 +77,8 @@ def active(text: str) -> str | None:
             given.setdefault(name.lower(), html.unescape(value.lstrip("= \t\r\n\f\v")[1:-1]))  # of two, a browser takes the first
         runs = tag in ACTIVE and (tag != "script" or given.get("type") != "application/json")
         if (runs or any(name.startswith("on") or name == "srcdoc" for name in given)
-                or any(SCRIPT_URL.match(re.sub(r"[\x00-\x20]", "", value)) for value in given.values())):
+                or any(SCRIPT_URL.match(re.sub(r"[\x00-\x20]", "", value)) for name, value in given.items()
+                       if not name.startswith(("aria-", "data-")) and name not in ("alt", "title"))):  # these are only words
             return token[0]
     return None
 

@@ -52,7 +52,7 @@ def ingredients(profile: str) -> str:
     """One hash of every file that the site is made from, besides the runs: prose, assets, settings, the package, the tables
     of sweeps, what running the pages again has found."""
     sources = {entry.source for entry in pages().values()}
-    kinds = {".md", ".bib", ".yml", ".json", ".css", ".js", ".svg", ".png", ".ico"}
+    kinds = {".csv", ".md", ".bib", ".yml", ".json", ".css", ".js", ".svg", ".png", ".ico"}
     files = [path for path in BOOK.rglob("*") if path.suffix in kinds and path not in sources and path.is_file()]
     files += [*ROOT.glob("nsm_support/**/*.py"), ROOT / "_config.yml", ROOT / "_toc.yml"]
     files += [*(BUILD / "sweeps").glob("*.parquet"), *filter(Path.exists, [runs.rerun_record(profile)])]

@@ -1,5 +1,6 @@
 """Run what is missing of a sweep, a few runs in a step of Snakemake's, and collect all of it into one table."""
 
+import contextlib
 import json
 import multiprocessing
 import shutil
@@ -12,13 +13,14 @@ from rich.console import Console
 
 from nsm_support.book import BookError, build, collect
 from nsm_support.book.execute import run_into
-from nsm_support.book.fingerprint import checksum, digest, fingerprint, stale_pages
-from nsm_support.book.pages import BUILD, Page, check, page, pages
+from nsm_support.book.fingerprint import checksum, digest, files, fingerprint, stale_pages
+from nsm_support.book.pages import BUILD, Page, check, page, pages, unknown
+from nsm_support.book.series import COSTS
 from nsm_support.book.table import Run, Sweep, read_sweep
 
 STEP_SECONDS = 8.0, 60.0  # what a step takes at least, for it needs more than one to start; and at most, if no run takes longer
 SHORT = 3.0  # seconds: a run that takes less waits for much of them, for its kernel to start and to end
-ROUNDS = 8  # steps that each job gets at least, so that all jobs end at about the same time
+ROUNDS = 8  # steps for each job, unless they would be too short: so that all jobs end at about the same time
 
 
 def makers(entry: Page) -> list[Page]:
@@ -41,7 +43,7 @@ def finished(sweep: Sweep) -> dict[str, dict[str, Any]]:
         try:
             (record,) = json.loads((place / "results.json").read_text())
             whole = {"run.ipynb": record["digest"], **record["made"]}
-            if (record["fingerprint"] == {**today, "parameters": json.loads(json.dumps(run.parameters))}
+            if (record["fingerprint"] == {**today, "parameters": json.loads(json.dumps(run.parameters)), "files": files(run.parameters)}
                     and record["checksum"] == checksum(record)
                     and all(digest(place / name) == printed for name, printed in whole.items())):
                 found[run.id] = record
@@ -86,7 +88,8 @@ def run_step(name: str, step: str) -> None:
         if process.exitcode:
             failed.append(what)
         if process.exitcode < 0:
-            build.note_state(plan["profile"], what, "failed", f"its process was killed by signal {-process.exitcode}")
+            with contextlib.suppress(OSError):  # a full disk must not keep the others from running
+                build.note_state(plan["profile"], what, "failed", f"its process was killed by signal {-process.exitcode}")
 
     for entry in plan["steps"].get(step, ()):
         if len(running) == plan["at_once"]:
@@ -175,8 +178,8 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
         todo = [run for run in sweep.runs.values() if first or run.id not in before]
         why, code = {}, 0
         if todo:
-            for left in [path for run in todo for path in (sweep.folder / run.id).glob(".*")]:
-                shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+            for left in [path for run in todo for path in (sweep.folder / run.id).glob(".*")]:  # of a run that was killed
+                left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
             took, known = [record["seconds"] for record in before.values()], build.known_seconds(sweep.profile)
             seconds = statistics.median(took) if took else known.get(sweep.page.name, sweep.page.budget[sweep.profile])
             write_plan(sweep, todo, seconds, jobs)
@@ -204,6 +207,9 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
     if failed:
         raise BookError("\n\n".join([*told, f"sweep {name}: {len(failed)} of {len(sweep.runs)} runs failed; "
                                      f"{sweep.table} holds the others. Snakemake's own log: {log}"]))
+    keys = [*dict.fromkeys(key for record in records.values() for key in record["values"]), *COSTS]
+    if sweep.measure is not None and sweep.measure not in keys:
+        raise BookError(f"sweep {name}: all runs are done, but {unknown('measure', sweep.measure, keys)}")
     return f"sweep {name}: {len(sweep.runs)} runs, all done: {sweep.table}"
 
 

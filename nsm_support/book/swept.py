@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nsm_support.book import BookError
-from nsm_support.book.fingerprint import digest, fingerprint
+from nsm_support.book.fingerprint import digest, files, fingerprint
 from nsm_support.book.pages import BUILD, Page, page
 from nsm_support.book.table import read_sweep, sweeps
 
@@ -105,11 +105,13 @@ def read_swept(name: str) -> Swept | None:
     for entry in entries:
         about, place = page(entry["page"]), folder(name) / entry["run"]
         if entry["profile"] not in today:
-            today[entry["profile"]] = {**fingerprint(about, entry["profile"], {}), "parameters": None}
+            today[entry["profile"]] = {**fingerprint(about, entry["profile"], {}), "parameters": None, "files": None}
         try:
             (record,) = json.loads((place / "results.json").read_text()) if len(entries) <= MOST_RUNS else ({},)
             whole = digest(place / "run.ipynb") == record["digest"]
-            same = {**record["fingerprint"], "parameters": None} == today[entry["profile"]]
+            was = record["fingerprint"]
+            same = ({**was, "parameters": None, "files": None} == today[entry["profile"]]
+                    and was["files"] == files(was["parameters"]))
         except (OSError, ValueError, KeyError, TypeError):
             record, whole, same = {}, False, False
         rows.append(Row(id=entry["run"], page=entry["page"], profile=entry["profile"], status=entry["status"],
