@@ -63,7 +63,7 @@ def compare_page() -> str:
              "A sweep runs one page with many values of its parameters: `nsm-book sweep NAME`. Each sweep below is drawn from "
              "its own runs: choose what lies along the axis, what has a line of its own, and which of the page's numbers is "
              "measured. Every point leads to the notebook that was executed for it, or, where it is a mean, to the first of "
-             "its runs in the table.", ""]
+             "its runs in the table. What a number means, its page says: look for its name there.", ""]
     for index, swept in enumerate(found, start=1):
         lines += sweep_part(swept, index)
     if waiting:
