@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nsm_support.blockffn.checkpoint import load_checkpoint
 from nsm_support.blockffn.corpus import load_trained
 from nsm_support.book import BookError, execute, gate, pages, table
-from nsm_support.book.fingerprint import sealed
+from nsm_support.book.fingerprint import record, sealed
 from nsm_support.results import GLUE_MIME, read_product
 from nsm_support.training import CheckpointError, load_model
 from tests.browser import browser, served
@@ -221,7 +221,7 @@ def test_a_readers_browser_shows_every_value_as_text(harmed):
 
     book, _ = harmed
     swept = next(path for path in sorted((book.folder / "_build/sweeps/x").glob("*/run.ipynb"))
-                 if gate.record_of(path)["all_parameters"]["words"] == EVIL)
+                 if record(path)["all_parameters"]["words"] == EVIL)
     box = nbformat.read(swept, as_version=4).cells[-1].source
     assert not set("`$*\\[]{}|\n") & set(box)  # where JupyterLab would look for a formula, before it reads the Markdown
     with browser() as chromium, served(book.folder / "_build/html") as base:
@@ -238,7 +238,7 @@ def test_a_readers_browser_shows_every_value_as_text(harmed):
             assert given["words"] == EVIL and cells["Parameters"] == ", ".join(f"{name} = {given[name]!r}" for name in order)
 
         tab.set_content(MarkdownIt("gfm-like").render(box))
-        shows_box(gate.record_of(swept))
+        shows_box(record(swept))
         for name in ("group/first", "intro", "results/compare", "results/runs", "reference/parameters"):
             tab.goto(f"{base}{name}.html", wait_until="load")
             tab.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
@@ -247,7 +247,7 @@ def test_a_readers_browser_shows_every_value_as_text(harmed):
                 figure.locator(".main-svg").first.wait_for(timeout=20_000)
             assert tab.evaluate(FOREIGN) == [], name
             if name == "group/first":
-                shows_box(gate.record_of(book.run(name)))
+                shows_box(record(book.run(name)))
             if name in ("group/first", "intro"):
                 assert EVIL.split("\n")[0] in tab.inner_text("main")
             else:

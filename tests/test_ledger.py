@@ -384,7 +384,7 @@ def test_a_page_is_told_as_run_again_only_for_the_run_that_was(monkeypatch, tmp_
 # What a sweep has left.
 def left(tmp_path, monkeypatch, **changes):
     """A table of two runs, one of which failed, in a store of its own; `changes` go into its record."""
-    monkeypatch.setattr(swept, "BUILD", tmp_path)
+    monkeypatch.setattr("nsm_support.book.table.BUILD", tmp_path)
     monkeypatch.setattr(swept, "page", lambda name: PAGE)
     monkeypatch.setattr(swept, "sweeps", lambda: {"grow": None, "later": None})
     monkeypatch.setattr(swept, "fingerprint", lambda page, profile, given: {"source": "abc", "parameters": given})

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nsm_support.book import BookError, gate
-from nsm_support.book.fingerprint import differences, digest, fingerprint, module_file, product, sealed, set_aside
+from nsm_support.book.fingerprint import differences, digest, fingerprint, module_file, product, record, sealed, set_aside
 from nsm_support.book.markup import plain
 from nsm_support.book.pages import BUILD, Page, check, pages, parameters, profile_parameters, read
 from nsm_support.results import ROOT
@@ -197,13 +197,13 @@ def run_page(
 
 def execute(page: Page, profile: str) -> str:
     """Bring one page of a profile up to date; return one line saying what was done."""
-    if gate.record_of(page.run(profile)) and not differences(page, profile):
+    if record(page.run(profile)) and not differences(page, profile):
         page.run(profile).touch()
         return f"{page.name}: unchanged"
     store = product("", profile)
     run_page(page, profile, profile_parameters(page, profile), page.run(profile), needs=store, makes=store)
     set_aside(page, profile).unlink(missing_ok=True)
-    seconds = gate.record_of(page.run(profile))["seconds"]
+    seconds = record(page.run(profile))["seconds"]
     over = seconds > page.budget[profile]
     return f"{page.name}: {seconds:.1f} s" + (f", over its budget of {page.budget[profile]:g} s" if over else "")
 
@@ -242,7 +242,7 @@ def run_into(place: Path, page: Page, profile: str, given: dict[str, Any]) -> No
     from nsm_support.book import collect
 
     target = place / "run.ipynb"
-    last = gate.record_of(target)
+    last = record(target)
     if (last.get("fingerprint") != fingerprint(page, profile, given)
             or any(digest(place / name) != made for name, made in last["made"].items())):
         run_page(page, profile, given, target, needs=product("", profile), makes=place, publish=False)

@@ -6,7 +6,6 @@ import re
 import nbformat
 
 from nsm_support.book import claims
-from nsm_support.book.fingerprint import record as record_of
 from nsm_support.book.pages import Page, brief
 from nsm_support.results import GLUE_MIME
 
@@ -25,7 +24,6 @@ ATTRIBUTE = re.compile(rf"\s+([\w:.-]+)({VALUE})", re.ASCII)
 ACTIVE = {"script", "iframe", "frame", "object", "embed", "applet", "base", "meta", "link", "form", "portal", "set", "animate",
           "animatemotion", "animatetransform"}  # what runs code, loads it, or puts it in later
 SCRIPT_URL = re.compile(r"(?:javascript|vbscript|data(?!:image/(?:png|jpeg|gif)[;,])):", re.IGNORECASE)
-__all__ = ["glued", "mark_for_comparison", "problems", "record_of"]
 
 
 def glued(notebook: nbformat.NotebookNode) -> dict[str, dict]:

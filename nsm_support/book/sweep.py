@@ -16,7 +16,7 @@ from nsm_support.book.execute import run_into
 from nsm_support.book.fingerprint import checksum, digest, files, fingerprint, stale_pages
 from nsm_support.book.pages import BUILD, Page, check, page, pages, unknown
 from nsm_support.book.series import COSTS
-from nsm_support.book.table import Run, Sweep, read_sweep
+from nsm_support.book.table import FACTS, Run, Sweep, folder, read_sweep
 
 STEP_SECONDS = 8.0, 60.0  # what a step takes at least, for it needs more than one to start; and at most, if no run takes longer
 SHORT = 3.0  # seconds: a run that takes less waits for much of them, for its kernel to start and to end
@@ -66,7 +66,7 @@ def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> None
 
 def read_plan(name: str) -> dict[str, Any]:
     """What `write_plan` wrote down."""
-    return json.loads((BUILD / "sweeps" / name / "plan.json").read_text())
+    return json.loads((folder(name) / "plan.json").read_text())
 
 
 def run_step(name: str, step: str) -> None:
@@ -107,7 +107,7 @@ def run_step(name: str, step: str) -> None:
 def _one_run(name: str, plan: dict[str, Any], entry: dict[str, Any], what: str) -> None:
     def work() -> str:
         about = page(plan["page"])
-        run_into(BUILD / "sweeps" / name / entry["id"], about, plan["profile"], check(about, entry["parameters"]))
+        run_into(folder(name) / entry["id"], about, plan["profile"], check(about, entry["parameters"]))
         return f"{entry['label'] or 'defaults'}: done"
 
     try:
@@ -128,7 +128,6 @@ def collect_table(sweep: Sweep, records: dict[str, dict[str, Any]]) -> None:
 
     from nsm_support.book.pages import parameters
 
-    facts = ("seconds", "peak_memory_mb", "device", "commit", "date")
     defaults = {name: p.default for name, p in parameters(sweep.page).items()}
     keys = dict.fromkeys(key for record in records.values() for key in record["values"])
     rows = []
@@ -136,7 +135,7 @@ def collect_table(sweep: Sweep, records: dict[str, dict[str, Any]]) -> None:
         record = records.get(run.id, {})
         values = record.get("values", {})
         rows.append({"run": run.id, "page": sweep.page.name, "profile": sweep.profile,
-                     "status": "done" if record else "failed", **{fact: record.get(fact) for fact in facts},
+                     "status": "done" if record else "failed", **{fact: record.get(fact) for fact in FACTS},
                      **{f"parameters.{name}": value for name, value in (defaults | run.parameters).items()},
                      **{f"values.{key}": values.get(key, {}).get("value") for key in keys}})
     columns = {name: _column([row[name] for row in rows]) for name in rows[0]}

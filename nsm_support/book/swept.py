@@ -8,12 +8,11 @@ from typing import Any
 
 from nsm_support.book import BookError
 from nsm_support.book.fingerprint import digest, files, fingerprint
-from nsm_support.book.pages import BUILD, Page, page
-from nsm_support.book.table import read_sweep, sweeps
+from nsm_support.book.pages import Page, page
+from nsm_support.book.table import FACTS, folder, read_sweep, sweeps
 
 NOTEBOOKS = "../sweeps"
 MOST_RUNS = 500  # of one sweep, that the site shows one by one: their notebooks lie in it
-FACTS = ("seconds", "peak_memory_mb", "device", "commit", "date")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +62,6 @@ class Swept:
 def software(run: dict[str, Any]) -> dict[str, str]:
     """The versions that a run had, Python's and the machine's with them."""
     return {**{name: run[name] for name in ("python", "platform") if name in run}, **run.get("versions", {})}
-
-
-def folder(name: str) -> Path:
-    return BUILD / "sweeps" / name
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from nsm_support.book.pages import BOOK, BUILD, PROFILES, Page, brief, check, pa
 from nsm_support.results import ROOT
 
 MOST = 100_000  # runs of one sweep
+FACTS = ("seconds", "peak_memory_mb", "device", "commit", "date")  # of a run, that its row repeats
 KEYS = ("page", "profile", "question", "measure", "rows", "grid", "seeds")
 
 
@@ -29,6 +30,11 @@ class Run(NamedTuple):
     id: str
     label: str
     parameters: dict[str, Any]
+
+
+def folder(name: str) -> Path:
+    """Where each run of a sweep has a folder of its own."""
+    return BUILD / "sweeps" / name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +51,12 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where each run has a folder of its own."""
-        return BUILD / "sweeps" / self.name
+        return folder(self.name)
 
     @property
     def table(self) -> Path:
         """Where all runs are collected."""
-        return BUILD / "sweeps" / f"{self.name}.parquet"
+        return folder(self.name).with_name(f"{self.name}.parquet")
 
 
 class _Strict(yaml.SafeLoader):
