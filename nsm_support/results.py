@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 GLUE_MIME = "application/papermill.record/text/plain"
 RULE = re.compile(r"^(estimate|low|high) (<|<=|>|>=) (-?\d+(?:\.\d+)?)$")
+SIGNS = {"<": "below", "<=": "at most", ">": "above", ">=": "at least"}
 COMPARE = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
 
 
@@ -92,11 +93,25 @@ def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n
     return next((word for word, true in holds.items() if true), "undecided")
 
 
+def in_words(comparison: str) -> str:
+    """`low > 0`, say, as a sentence: "the whole interval is above 0"."""
+    name, sign, bound = RULE.match(comparison).groups()
+    whole = (name, sign[0]) in {("low", ">"), ("high", "<")}
+    parts = {"estimate": "the estimate", "low": "its lower end", "high": "its upper end"}
+    subject = "the whole interval" if whole else parts[name]
+    return f"{subject} is {SIGNS[sign]} {bound}"
+
+
 def reason(rule: dict[str, Any], word: str, n: int) -> str:
     """Which part of the rule made a verdict, in words for the prose."""
     if n < rule["min_n"]:
         return f"n = {n}, and the rule asks for {rule['min_n']}"
-    return rule.get(word, f"neither {rule['supported']} nor {rule['refuted']}")
+    if word != "undecided":
+        return in_words(rule[word])
+    bounds = {RULE.match(rule[word])[3] for word in ("supported", "refuted")}
+    if len(bounds) == 1:
+        return f"the interval reaches both sides of {bounds.pop()}"
+    return f"neither is it so that {in_words(rule['supported'])}, nor that {in_words(rule['refuted'])}"
 
 
 def claim(id: str, *, estimate: float, low: float, high: float, n: int, measured: bool = False) -> Claim:

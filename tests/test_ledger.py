@@ -224,7 +224,7 @@ def test_the_page_of_runs_puts_versions_that_differ_beside_each_run(monkeypatch)
     lines = page.split("<tr>")[2:]
     assert "group/first" in lines[0] and "<td>same, 4 cells</td><td>quick</td><td>5.0</td><td>50%</td>" in lines[0]
     assert "<td>torch 1</td>" in lines[0] and "<td>torch 2</td>" in lines[1] and "<td>not re-run</td>" in lines[1]
-    assert "took 10 s together" in page and "All runs had numpy 1, python 3.11." in page and "No sweep has run here yet" in page
+    assert "took 10 s in sum" in page and "All runs had numpy 1, python 3.11." in page and "No sweep has run here yet" in page
     same = runs.runs_page("quick", {"group/first": records["group/first"]}, ["group/first"])
     assert "versions that differ" not in same and "torch 1" in same
 

@@ -26,11 +26,22 @@ def test_verdict_follows_the_rule(low, estimate, high, n, word):
 
 
 @pytest.mark.parametrize(("word", "n", "why"), [
-    ("supported", 6, "low > 0"), ("refuted", 6, "high < 0"), ("undecided", 6, "neither low > 0 nor high < 0"),
+    ("supported", 6, "the whole interval is above 0"), ("refuted", 6, "the whole interval is below 0"),
+    ("undecided", 6, "the interval reaches both sides of 0"),
     ("undecided", 3, "n = 3, and the rule asks for 6"),
 ])
 def test_a_verdict_has_its_reason(word, n, why):
     assert results.reason(RULE, word, n) == why
+
+
+def test_every_rule_has_words():
+    rule = {"supported": "estimate >= 1", "refuted": "low <= 0.5", "min_n": 1}
+    assert results.reason(rule, "supported", 1) == "the estimate is at least 1"
+    assert results.reason(rule, "refuted", 1) == "its lower end is at most 0.5"
+    assert results.reason(rule, "undecided", 1) == (
+        "neither is it so that the estimate is at least 1, nor that its lower end is at most 0.5")
+    assert results.in_words("high < -0.1") == "the whole interval is below -0.1"
+    assert results.in_words("high >= 2") == "its upper end is at least 2"
 
 
 def test_verdict_knows_every_sign_and_bound():

@@ -9,7 +9,7 @@ import nbformat
 from nsm_support.book import BookError, claims
 from nsm_support.book.markup import Cell, linked, number, raw
 from nsm_support.book.pages import page, pages, read
-from nsm_support.results import RULE, Claim, reason, verdict
+from nsm_support.results import RULE, Claim, in_words, reason, verdict
 
 NAME = "results/claims"
 WORDS = ("supported", "refuted", "undecided")
@@ -103,7 +103,7 @@ def title(name: str) -> str:
 
 
 def rule_words(rule: dict[str, Any]) -> str:
-    return f"supported if {rule['supported']}, refuted if {rule['refuted']}, n at least {rule['min_n']}"
+    return f"supported if {in_words(rule['supported'])}, refuted if {in_words(rule['refuted'])}; n at least {rule['min_n']}"
 
 
 def told_answer(entry: dict[str, Any], answer: Claim) -> str:
@@ -122,10 +122,10 @@ def picture(parts: dict[str, list[tuple[dict[str, Any], Claim]]]) -> str:
         rows.append(f'<p class="nsm-part">{html.escape(re.sub(r"[`*$]", "", title(name)))}</p>')
         rows += [f'<p class="nsm-claim"><span>{answer.verdict}</span>{strip(entry["rule"], answer)}'
                  f'<a href="#{answer.id}">{html.escape(entry["question"])}</a></p>' for entry, answer in part]
-    caption = ("An estimate and its 95 % interval a question, each on a scale of its own; the vertical line is what the rule "
-               "compares with, and to its right lies what the rule calls supported. Two lines: one bound for supported, another "
+    caption = ("For each question the estimate and its 95 % interval, on a scale of its own. The vertical line is what the rule "
+               "compares with: to its right lies what the rule calls supported. Two lines: one bound for supported, another "
                "for refuted. Disc: supported; square: refuted; ring: undecided.")
-    return f'<figure class="nsm-ledger" id="fig-ledger">{"".join(rows)}<figcaption>{caption}</figcaption></figure>'
+    return f'<figure class="nsm-ledger" id="fig-ledger"><figcaption>{caption}</figcaption>{"".join(rows)}</figure>'
 
 
 def ledger_page(records: dict[str, dict[str, Any]], order: list[str]) -> str:
@@ -147,7 +147,7 @@ def ledger_page(records: dict[str, dict[str, Any]], order: list[str]) -> str:
              "Every question below was written down in `book/claims.yml` with the rule that decides it, before the run that "
              f"decided. Questions: {len(found)}; {told}.", "",
              *(f"- *{word}*: {meaning}" for word, meaning in COUNTED.items()), "",
-             "A sentence of the book takes these words from here: a page that says otherwise is not published.", "",
+             "The verdicts in the book's sentences are these; a page that says otherwise is not published.", "",
              raw(picture(parts)), ""]
     for name, part in parts.items():
         told = "".join(told_answer(entry, answer) for entry, answer in part)

@@ -92,10 +92,10 @@ def runs_page(profile: str, records: dict[str, dict[str, Any]], order: list[str]
     head = ["page", "run again", *HEAD, *(["versions that differ"] if names else [])]
     took = sum(records[name]["seconds"] for name in mine)
     lines = ["# What ran, and what it took", "",
-             f"The {len(mine)} pages of this book took {number(round(took))} s together, side by side where there was room. A "
+             f"The {len(mine)} pages of this book took {number(round(took))} s in sum; a build runs them side by side. A "
              "commit with a + behind it had uncommitted changes.", "",
-             "*Run again* tells what `make test` found when it ran a page a second time: the same numbers in every cell whose "
-             "numbers the clock does not decide, or others. A page that has run since, or was never run again, says so.", "",
+             "*Run again* tells what `make test` found when it ran a page a second time: whether every number that does not "
+             "depend on timing was the same. A page that has run since, or was never run again, says so.", "",
              raw(table(head, rows, "Runs of the pages")), "",
              "All runs had " + ", ".join(f"{name} {version}" for name, version in sorted(alike.items())) + ".", ""]
     for swept in sweeps:

@@ -27,7 +27,7 @@ LINK = re.compile(r"(\]\()([\w./-]+)\.md(?=[)#])")
 BANNER = {
     "quick": ':::{admonition} Quick profile\n:class: profile warning\nThe numbers and figures of this page come from '
              'a run of seconds. They are real, but small, and too few for most verdicts: `make book PROFILE=full` gives '
-             'the published ones.\n:::',
+             'the published ones, in an hour or two.\n:::',
     "full": ':::{admonition} Full profile\n:class: profile tip\nThe numbers and figures of this page are the '
             'published ones.\n:::',
 }
