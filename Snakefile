@@ -1,12 +1,13 @@
 # The arrows of the book: page → executed notebook → results → site. `nsm-book build` runs them, one build at a time, and
 # then lets _build/html be the new site. `nsm-book sweep` runs the last rule, and the pages that its page needs.
 import math
+import shlex
 import sys
 
 from nsm_support.book import collect, fingerprint, pages, stage, sweep
 
 PROFILE = config.get("profile", "quick")
-COMMAND = f"{sys.executable} -m nsm_support.book.cli"
+COMMAND = f"{shlex.quote(sys.executable)} -m nsm_support.book.cli".replace("{", "{{").replace("}", "}}")
 RUNS = {name: page.run(PROFILE).relative_to(pages.ROOT) for name, page in pages.pages().items()}
 
 if workflow.is_main_process:

@@ -51,7 +51,9 @@ class Checkout:
         return {**clean, "PYTHONPATH": str(self.folder), "COLUMNS": "200"}
 
     def start(self, *words: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-m", "nsm_support.book.cli", *words], cwd=self.folder, text=True,
+        own = self.folder / ".venv/bin/python"
+        command = [own if own.exists() else sys.executable, "-m", "nsm_support.book.cli", *words]
+        return subprocess.Popen(command, cwd=self.folder, text=True,
                                 env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def book(self, *words: str) -> tuple[int, str]:

@@ -139,8 +139,10 @@ def test_the_ledger_counts_groups_in_the_readers_order_and_links(asked):
     assert len(answers) == 3 and answers[0].startswith(
         '<dt id="late"><a href="../group/second.html#claim-late">Is it above zero?</a></dt><dd><strong>refuted</strong>')
     assert re.findall(r"<dd>(.*?)</dd>", answers[2]) == [
-        "<strong>undecided</strong>, because neither high &lt; 2 nor low &gt; 4. Estimate 3, 95 % interval 1.5 to 4.5, n = 5.",
-        "Rule: supported if high &lt; 2, refuted if low &gt; 4, n at least 3.", "Measured: mean of the sample."]
+        "<strong>undecided</strong>, because neither is it so that the whole interval is below 2, nor that the whole interval is "
+        "above 4. Estimate 3, 95 % interval 1.5 to 4.5, n = 5.",
+        "Rule: supported if the whole interval is below 2, refuted if the whole interval is above 4; n at least 3.",
+        "Measured: mean of the sample."]
     assert "<b>it" not in page and 'id="below"' in answers[2] and '<a href="#below">' in page
 
 
@@ -268,7 +270,8 @@ def test_frames_hold_every_choice_and_lead_to_the_notebooks():
     data = data_of(lines)
     assert set(data["frames"]) == {"0,0", "0,1", "1,0", "1,1"} and len(data["figure"]["data"]) == 2
     first, second, layout = data["frames"]["0,0"]
-    assert (first["x"], first["y"], first["name"]) == (["3", "10"], [3.0, 10.0], "scale = 1.0") and second["y"] == [6.0, 20.0]
+    assert (first["x"], first["y"], first["name"]) == ([-0.03, 0.97], [3.0, 10.0], "scale = 1.0") and second["y"] == [6.0, 20.0]
+    assert second["x"] == [0.03, 1.03] and first["hovertext"] == layout["xaxis"]["ticktext"] == ["3", "10"]
     assert first["customdata"] == ["../sweeps/grow/3-10-0.ipynb", "../sweeps/grow/10-10-0.ipynb"]
     assert layout["xaxis"]["title"]["text"] == "count" and layout["yaxis"]["title"]["text"] == "mean"
     assert data["frames"]["0,1"][2]["xaxis"]["title"]["text"] == "scale" and data["frames"]["1,0"][0]["y"] == [2.0, 2.0]
@@ -305,8 +308,8 @@ def test_text_of_a_run_is_never_markup(monkeypatch):
     for figure in [*drawings.drawings(sweep_of(rows), rows, series.choices(rows), series.measures(rows), "sweep-1"),
                    compare.run_table(sweep_of(rows), series.measures(rows)), *runs.sweep_part(sweep_of(rows), [])]:
         assert "<img" not in figure and figure.count("</script>") <= 1
-    assert data_of(drawings.drawings(sweep_of(rows), rows, series.choices(rows), ["mean"], "s")[0])["figure"]["data"][0]["x"] == [
-        "&lt;img src=x onerror=alert(1)&gt;", "$x$ &lt;/script&gt;"]
+    layout = data_of(drawings.drawings(sweep_of(rows), rows, series.choices(rows), ["mean"], "s")[0])["figure"]["layout"]
+    assert layout["xaxis"]["ticktext"] == ["&lt;img src=x onerror=alert(1)&gt;", "$x$ &lt;/script&gt;"]
 
 
 def test_the_page_tells_failed_old_and_too_many_runs(monkeypatch):
@@ -337,7 +340,11 @@ def test_a_sweep_too_large_to_show_is_counted_and_its_files_are_left_alone(tmp_p
     (found,) = swept.read_all()
     assert found.large and not found.rows[0].whole and found.rows[0].values == {"mean": 2.0}
     page = compare.compare_page()
-    assert "1 runs of" in page and "shows at most" in page and "<figure" not in page and "earlier version" not in page
+    assert "1 runs of" in page and "earlier version" not in page and "<table" not in page and "<tr>" not in page
+    data = data_of(page)["figure"]["data"][0]
+    assert data["y"] == [2.0] and data["customdata"] == [None] and "Click a point" not in page
+    monkeypatch.setattr(compare, "MOST_PLACES", 0)
+    assert "More than 0 settings are not drawn" in compare.compare_page() and "<figure" not in compare.compare_page()
     told = "\n".join(runs.sweep_part(found, []))
     assert "1 of 2 runs of" in told and "in 2 s of" in told and "<table" not in told
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -181,7 +182,7 @@ def test_a_file_that_gets_no_room_is_told_and_costs_no_run(book):
     before, published = runs(book), site(book)
     book.edit("book/group/first.md", "It draws", "It also draws")
     said = shell(book, "ulimit -f 8; book build")
-    assert "cannot be written: File too large. Mend that" in said and KEPT in said and said.endswith("code 1\n"), said
+    assert "cannot be used: File too large. Mend that" in said and KEPT in said and said.endswith("code 1\n"), said
     assert "Traceback" not in said and site(book) == published
     assert changed(before, runs(book)) <= {"group/first.ipynb", "group/first.stale.ipynb"}
     code, output = book.book("build")
@@ -196,7 +197,7 @@ mount --bind . .; mount -o remount,ro,bind .; cd "$PWD"
 book build; book sweep x; book run group/first -p count 7 -o runs
 echo "== elsewhere"; book run group/first -p count 7 -o {tmp_path / "out"}""", mounting)
     inside, elsewhere = said.split("== ")
-    assert inside.count("code 1") == 3 and inside.count("cannot be written: Read-only file system. Mend that") == 3, inside
+    assert inside.count("code 1") == 3 and inside.count("cannot be used: Read-only file system. Mend that") == 3, inside
     assert "Traceback" not in inside and "code 0" in elsewhere and runs(book) == before
     (record,) = json.loads((tmp_path / "out/group-first/count=7/results.json").read_text())
     assert record["values"]["mean"]["value"] == 4.0
@@ -265,8 +266,26 @@ def test_a_run_of_a_sweep_that_was_damaged_unnoticeably_is_made_again_and_no_oth
     after = pyarrow.parquet.read_table(table).to_pydict()
     assert after["values.mean"] == [2.0, 2.5, 3.0, 3.5] and after["values.positive_verdict"] == ["supported"] * 4
     good = table.read_bytes()
-    halve(table)
-    assert book.book("sweep", "x")[0] == 0 and table.read_bytes() == good
+    for damage in (halve, lambda path: harm(path, b"supported", b"unsported")):
+        damage(table)
+        with (book.folder / "book/group/second.md").open("a") as page:
+            page.write("\nOne sentence more.\n")
+        code, output = book.book("build")  # told before a page runs
+        assert code == 1 and "`nsm-book sweep x` makes it anew" in output and "to run" not in output, output
+        assert book.book("sweep", "x")[0] == 0 and table.read_bytes() == good
+
+
+def test_a_command_that_is_ended_takes_its_snakemake_along(book):
+    ran = slow(book)
+    process = book.start("build")
+    while not (ran.exists() and ran.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    (snakemake,) = [child for child in psutil.Process(process.pid).children() if "snakemake" in child.cmdline()]
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in output, output
+    assert not snakemake.is_running()
 
 
 def test_dates_decide_nothing(book):

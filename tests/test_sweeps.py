@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pandas
@@ -148,6 +149,22 @@ def test_a_measure_that_no_run_has_is_told_at_the_end(small, monkeypatch, tmp_pa
         sweep.run("x", 2, None, Console())
 
 
+def test_many_failures_are_counted_and_what_began_comes_last(small, monkeypatch, tmp_path):
+    for module in (table, sweep, build):
+        monkeypatch.setattr(module, "BUILD", tmp_path)
+    monkeypatch.setattr(sweep, "finished", lambda found: {})
+    monkeypatch.setattr(sweep, "collect_table", lambda found, records: None)
+    monkeypatch.setattr(build, "snakemake", lambda *words, **others: 0)
+    runs = list(small("x.yml", FIRST + f"seeds: {list(range(40))}\n").runs)
+    for begun in (runs[0], runs[7]):
+        (tmp_path / "sweeps/x" / begun).mkdir(parents=True)
+    with pytest.raises(BookError, match="40 of 40 runs failed") as told:
+        sweep.run("x", 2, None, Console())
+    assert str(told.value).count("it did not end") == 10 and "and 30 more" in str(told.value)
+    planned = [run["id"] for step in sweep.read_plan("x")["steps"].values() for run in step]
+    assert planned == [run for run in runs if run not in (runs[0], runs[7])] + [runs[0], runs[7]]
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_step_goes_on_past_runs_that_fail_and_are_killed(small, monkeypatch, tmp_path, at_once):
     for module in (table, sweep, build):
@@ -213,9 +230,11 @@ def test_the_books_own_sweeps_and_the_manuals_are_accepted(monkeypatch, tmp_path
 
 
 @pytest.fixture
-def book(tmp_path):
+def book(tmp_path, request):
     """A small book with room for sweeps; nothing of it has run yet."""
-    checkout = Checkout(tmp_path / "book of runs")  # a space, as in many a person's folder
+    checkout = Checkout(tmp_path / "book of {runs}")  # a space, as in many a person's folder, and what Snakemake would fill
+    if "slurm" not in request.fixturenames:
+        (checkout.folder / ".venv").symlink_to(sys.prefix)
     (checkout.folder / "book/sweeps").mkdir()
     return checkout
 
@@ -239,13 +258,16 @@ def test_nothing_starts_for_a_table_that_is_refused(book):
     code, output = book.book("sweep", "x")
     assert code == 1 and output.startswith("nsm-book: book/sweeps/x.csv: line 3: ") and output.count("\n") == 1
     assert not (book.folder / "_build").exists()
+    write(book, "x.csv", "page,count\ngroup/first,3\n")
+    code, output = book.book("sweep", "x", "--profile-dir", "profiles/slurm")
+    assert code == 1 and "no job on a cluster can begin" in output and not (book.folder / "_build").exists(), output
 
 
 @kernel
 def test_a_sweep_equals_single_runs_and_later_rows_run_alone(book, tmp_path):
     write(book, "x.yml", "page: group/first\nprofile: quick\ngrid: {count: [3, 4], scale: [1, -2.5]}\n")
     code, output = book.book("sweep", "x", "--jobs", "2")
-    assert code == 0 and "4 of 4 runs to do, 2 side by side" in output and "[4/4] count=" in output, output
+    assert code == 0 and "4 of 4 runs to do, on 2 cores at a time" in output and "[4/4] count=" in output, output
     assert "sweep x: 4 runs, all done" in output
     first, found = notebooks(book, "x"), read_table(book, "x")
     assert len(first) == 4 and list(found.status) == ["done"] * 4

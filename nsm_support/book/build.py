@@ -5,16 +5,18 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nsm_support.book import BookError, claims, collect, execute, stage
+from nsm_support.book import BookError, claims, collect, execute, stage, swept
 from nsm_support.book.fingerprint import record, stale_pages
 from nsm_support.book.pages import BUILD, pages, parameters, profile_parameters
 from nsm_support.results import ROOT
@@ -37,7 +39,8 @@ def only_build(console: Console):
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
-            console.print(f"{holder} is building in this checkout; waiting for it to end", highlight=False)
+            console.print(f"{holder}, or the Snakemake that it began, is building in this checkout; waiting for it to end",
+                          highlight=False)
             fcntl.flock(lock, fcntl.LOCK_EX)
         with (BUILD / "steps.lock").open("a") as steps:  # held by every step that is still alive
             try:
@@ -55,7 +58,7 @@ def only_build(console: Console):
 def step_lock():
     """Show that a step is alive: a build that follows a killed one waits for it."""
     BUILD.mkdir(exist_ok=True)
-    with (BUILD / "steps.lock").open("a") as alive:
+    with (BUILD / "steps.lock").open("a+") as alive:  # a shared lock on NFS asks for a file that can be read
         fcntl.flock(alive, fcntl.LOCK_SH)
         yield
 
@@ -103,7 +106,8 @@ def seconds_left(expected: dict[str, float], states: dict[str, dict], cores: int
     A run of a sweep, named `PAGE ID`, is expected to take as long as those of its sweep that have ended.
     """
     took = [entry["seconds"] for what, entry in states.items() if " " in what and entry["state"] == "done"]
-    expect = {what: sum(took) / len(took) if took and " " in what else seconds for what, seconds in expected.items()}
+    mean = sum(took) / len(took) if took else None
+    expect = {what: mean if mean is not None and " " in what else seconds for what, seconds in expected.items()}
     running = {what: time.time() - entry["at"] for what, entry in states.items() if entry["state"] == "running"}
     done = rest = 0.0
     for what, seconds in expect.items():
@@ -134,7 +138,25 @@ def watch(process: subprocess.Popen, profile: str, expected: dict[str, float], c
             progress.update(bar, completed=share, description=names or "starting", left=f"about {left:.0f} s left")
             if ended:
                 return
-            time.sleep(0.1)
+            time.sleep(max(0.1, len(expected) / 2000))  # looking at all steps takes time too
+
+
+@contextlib.contextmanager
+def ended_in_order():
+    """Let SIGTERM end this process as Ctrl+C does: with all that it began."""
+    def end(signum, frame):
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def room() -> list[str]:
+    """What this machine has for steps that run on it, besides cores, as Snakemake is told it."""
+    return ["--resources", f"mem_mb={psutil.virtual_memory().total // 2**20}"]
 
 
 def snakemake(words: list[str], profile: str, expected: dict[str, float], cores: int, console: Console, *, lock,
@@ -148,7 +170,7 @@ def snakemake(words: list[str], profile: str, expected: dict[str, float], cores:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "snakemake", "--keep-going", "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime",
                "--max-checksum-file-size", "0", "--scheduler", "greedy", *words]
-    with log.open("w") as out:
+    with log.open("w") as out, ended_in_order():
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
         try:
             watch(process, profile, expected, cores, console)
@@ -197,15 +219,16 @@ def build(profile: str, cores: int, console: Console) -> Path:
     for entry in pages().values():
         parameters(entry)
         profile_parameters(entry, profile)
+    swept.read_all()
     with only_build(console) as lock:
         execute.clean_leftovers(profile)
         todo, known = stale_pages(profile), known_seconds(profile)
         expected = {entry.name: known.get(entry.name, entry.budget[profile]) for entry in todo}
         if todo:
             expected["site"] = known.get("site", SITE_SECONDS)
-            console.print(f"{len(todo)} of {len(pages())} pages to run, {cores} side by side", highlight=False)
+            console.print(f"{len(todo)} of {len(pages())} pages to run, on {cores} cores", highlight=False)
         log = BUILD / "log" / f"{profile}.txt"
-        code = snakemake(["--cores", str(cores), "--config", f"profile={profile}"], profile, expected, cores, console,
+        code = snakemake(["--cores", str(cores), *room(), "--config", f"profile={profile}"], profile, expected, cores, console,
                          lock=lock, log=log)
         states = read_states(profile)
         failed = list(failures(code, states).values())

@@ -32,7 +32,7 @@ def main():
 
 @main.command()
 @PROFILE
-@click.option("--cores", type=click.IntRange(1), default=os.cpu_count(), show_default="all", help="Pages side by side.")
+@click.option("--cores", type=click.IntRange(1), default=os.cpu_count(), show_default="all", help="Cores that pages may use.")
 def build(profile, cores):
     """Run what changed and publish the site to _build/html."""
     from rich.console import Console
@@ -65,7 +65,7 @@ def run(page, given, folder, profile):
 @main.command()
 @click.argument("name")
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count(), show_default="all cores",
-              help="Runs side by side; twice as many if they are short and it is more than one.")
+              help="Cores that runs may use, or jobs at once with --profile-dir.")
 @click.option("--profile-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
               help="A Snakemake profile that says where the runs run, such as profiles/slurm; by default on this machine.")
 def sweep(name, jobs, profile_dir):

@@ -3,11 +3,13 @@
 import html
 
 from nsm_support.book.markup import Cell, folded, number, raw, table
-from nsm_support.book.series import Choice, choices, measured, measures, told_apart, value_of
+from nsm_support.book.series import Choice, choices, measured, measures, told_apart, value_of, varied
 from nsm_support.book.swept import MOST_RUNS, Row, Swept, read_all
 from nsm_support.book.table import sweeps
 
 MOST_FRAMES = 4_000  # choices of parameters times measures
+MOST_POINTS = 200_000  # of all frames together
+MOST_PLACES = 5_000  # settings that a drawing has room for
 
 
 def summary(rows: list[Row], first: str | None) -> tuple[list[Choice], list[str], int]:
@@ -17,8 +19,16 @@ def summary(rows: list[Row], first: str | None) -> tuple[list[Choice], list[str]
     all_choices, names = choices(rows), measures(rows)
     if first is not None and any(measured(row, first) is not None for row in rows):
         names = [first, *(name for name in names if name != first)]
-    kept = all_choices[:max(1, MOST_FRAMES // len(names))]
+    frames = min(MOST_FRAMES, MOST_POINTS // settings(rows))
+    names = names[:max(1, frames)]
+    kept = all_choices[:max(1, frames // len(names))]
     return kept, names, len(all_choices) - len(kept)
+
+
+def settings(rows: list[Row]) -> int:
+    """How many different places in the space of their parameters these runs have."""
+    names = varied(rows)
+    return len({tuple(value_of(row, name) for name in names) for row in rows})
 
 
 def sweep_part(swept: Swept, number_of: int) -> list[str]:
@@ -28,21 +38,23 @@ def sweep_part(swept: Swept, number_of: int) -> list[str]:
     rows = [row for row in swept.rows if row.status == "done"]
     failed, old = len(swept.rows) - len(rows), sum(not row.today for row in rows)
     asked = [raw(f'<p class="nsm-question">{html.escape(swept.question)}</p>'), ""] if swept.question else []
-    lines = [f"## {swept.name}", "", *asked, f"{len(rows)} runs of [](../{swept.page.name}.md), in the {swept.rows[0].profile} profile"
+    lines = [f"## The sweep `{swept.name}`", "", *asked, f"{len(rows)} runs of [](../{swept.page.name}.md), in the {swept.rows[0].profile} profile"
              + (f"; {failed} failed" if failed else "") + f". `nsm-book sweep {swept.name}` runs what is missing.", ""]
     if swept.large:
-        return [*lines, f"This page shows at most {MOST_RUNS} runs of a sweep; all lie in `_build/sweeps/{swept.name}.parquet`.",
-                ""]
-    if old:
+        lines += [f"These are more than {MOST_RUNS} runs: they are drawn, and neither listed nor linked. All lie in "
+                  f"`_build/sweeps/{swept.name}.parquet`.", ""]
+    elif old:
         lines += [f"**{old} of these runs are of an earlier version of the page**: the same command brings them up to date.", ""]
     if not rows:
         return lines
+    if settings(rows) > MOST_PLACES:
+        return [*lines, f"More than {MOST_PLACES} settings are not drawn.", ""]
     kept, names, left = summary(rows, swept.measure)
     if left:
         lines += [f"{left} settings with the fewest runs are not drawn; the table has all.", ""]
     for figure in drawings.drawings(swept, rows, kept, names, f"sweep-{number_of}"):
         lines += [raw(figure), ""]
-    return [*lines, raw(run_table(swept, names)), ""]
+    return lines if swept.large else [*lines, raw(run_table(swept, names)), ""]
 
 
 def run_table(swept: Swept, names: list[str]) -> str:

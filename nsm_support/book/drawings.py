@@ -20,8 +20,10 @@ def safe(text: str) -> str:
     return html.escape(text, quote=False)  # it knows no &quot;
 
 
-def link(swept: Swept, point: Point) -> str:
-    """Where a point leads: the notebook of its one run, or the table's line of its first."""
+def link(swept: Swept, point: Point) -> str | None:
+    """Where a point leads: the notebook of its one run, or the table's line of its first; None in a large sweep."""
+    if swept.large:
+        return None
     notebook = swept.notebook(point.rows[0]) if len(point.rows) == 1 else None
     return notebook or f"#{swept.place(point.rows[0])}"
 
@@ -43,12 +45,23 @@ def axis(name: str, values: list[str]) -> dict[str, Any]:
             "categoryarray": [safe(value) for value in values]}
 
 
+def places(lines: int) -> list[float]:
+    """How far each line stands beside the middle of its place along the axis, so that no bar hides another."""
+    apart = min(0.06, 0.5 / lines)
+    return [apart * (number - (lines - 1) / 2) for number in range(lines)]
+
+
+def line_axis(name: str, values: list[str]) -> dict[str, Any]:
+    return {"title": {"text": safe(name)}, "type": "linear", "tickmode": "array", "tickvals": [*range(len(values))],
+            "ticktext": [safe(value) for value in values], "range": [-0.5, len(values) - 0.5]}
+
+
 def line_frame(swept: Swept, rows: list[Row], choice: Choice, measure: str, most: int) -> list[dict[str, Any]]:
     """What each of `most` traces shows for one choice and measure, and the layout behind the last."""
     found, along = points(rows, choice, measure), in_order(rows, choice.along)
-    traces = []
-    for value in in_order(rows, choice.line):
-        line = [(safe(x), found[value, x]) for x in along if (value, x) in found]
+    traces, values = [], in_order(rows, choice.line)
+    for value, beside in zip(values, places(len(values)), strict=True):
+        line = [(i + beside, found[value, x]) for i, x in enumerate(along) if (value, x) in found]
         spans = [(0.0, 0.0) if p.low is None or p.high is None else (p.high - p.mean, p.mean - p.low) for _, p in line]
         name = safe(f"{choice.line} = {value}" if choice.line else measure)
         traces.append({
@@ -56,9 +69,10 @@ def line_frame(swept: Swept, rows: list[Row], choice: Choice, measure: str, most
             "error_y": {"type": "data", "symmetric": False, "array": [up for up, _ in spans],
                         "arrayminus": [down for _, down in spans]},
             "customdata": [link(swept, p) for _, p in line], "text": [told(p) for _, p in line],
-            "hovertemplate": f"{safe(choice.along)} = %{{x}}<br>{safe(measure)}: %{{text}}<extra>{name}</extra>"})
+            "hovertext": [safe(x) for x in along if (value, x) in found],
+            "hovertemplate": f"{safe(choice.along)} = %{{hovertext}}<br>{safe(measure)}: %{{text}}<extra>{name}</extra>"})
     traces += [{"x": [], "y": [], "visible": False}] * (most - len(traces))
-    return [*traces, {"xaxis": axis(choice.along, along), "yaxis": {"title": {"text": safe(measure)}}}]
+    return [*traces, {"xaxis": line_axis(choice.along, along), "yaxis": {"title": {"text": safe(measure)}}}]
 
 
 def grid_frame(swept: Swept, rows: list[Row], choice: Choice, measure: str) -> list[dict[str, Any]]:
@@ -82,8 +96,9 @@ def still_lines(rows: list[Row], choice: Choice, measure: str):
     """The first drawing, by Matplotlib."""
     figure, axes = _still()
     found, along = points(rows, choice, measure), in_order(rows, choice.along)
-    for index, value in enumerate(in_order(rows, choice.line)):
-        line = [(along.index(x), found[value, x]) for x in along if (value, x) in found]
+    values = in_order(rows, choice.line)
+    for index, (value, beside) in enumerate(zip(values, places(len(values)), strict=True)):
+        line = [(i + beside, found[value, x]) for i, x in enumerate(along) if (value, x) in found]
         spans = [(0.0, 0.0) if p.low is None or p.high is None else (p.mean - p.low, p.high - p.mean) for _, p in line]
         look = style(index)
         axes.errorbar([x for x, _ in line], [p.mean for _, p in line], [*zip(*spans, strict=True)] or None, capsize=3,
@@ -144,8 +159,9 @@ def drawings(swept: Swept, rows: list[Row], kept: list[Choice], names: list[str]
         found = [_figure(f"{name}-lines", go.Figure(base), still_lines(rows, kept[0], names[0]), kept, names,
                          lambda choice, measure: line_frame(swept, rows, choice, measure, most),
                          alt=f"Lines with intervals: {names[0]} along {kept[0].label()}, from {about}.",
-                         caption=f"{about}. A point is the mean of the runs at its place, its bar {spans}. "
-                                 "Click a point to open its executed notebook, or, of several runs, their lines in the table.")]
+                         caption=f"{about}. A point is the mean of the runs at its place, its bar {spans}."
+                                 + ("" if swept.large else " Click a point to open its executed notebook, or, of several runs, "
+                                    "their lines in the table."))]
         if kept[0].line:
             found.append(_figure(f"{name}-grid", go.Figure(go.Heatmap(colorscale="Viridis")), still_grid(rows, kept[0], names[0]),
                                  kept, names, lambda choice, measure: grid_frame(swept, rows, choice, measure),

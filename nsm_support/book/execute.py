@@ -41,13 +41,13 @@ def environment(needs: Path, makes: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def disk_errors_told():
-    """Tell a disk that is full or not to be written to in one sentence, instead of a traceback."""
+    """Tell a disk that is full, or a file that is not to be touched, in one sentence, instead of a traceback."""
     try:
         yield
     except OSError as error:
         if error.errno not in (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        raise BookError(f"{error.filename or BUILD} cannot be written: {os.strerror(error.errno)}. Mend that and give the same "
+        raise BookError(f"{error.filename or BUILD} cannot be used: {os.strerror(error.errno)}. Mend that and give the same "
                         "command again: what had ended before is kept") from None
 
 

@@ -66,7 +66,7 @@ def sweep_part(swept: Swept, names: list[str]) -> list[str]:
     done = sum(row.status == "done" for row in swept.rows)
     body = table(head, rows, f"Runs of the sweep {swept.name}")
     every = (raw(folded(f"All {len(rows)} runs", body)) if rows else
-             f"This page shows at most {MOST_RUNS} runs of a sweep; all lie in `_build/sweeps/{swept.name}.parquet`.")
+             f"These are more than {MOST_RUNS} runs; all lie in `_build/sweeps/{swept.name}.parquet`.")
     return [f"## The sweep `{swept.name}`", "",
             f"{done} of {len(swept.rows)} runs of [](../{swept.page.name}.md) are done, in {number(round(took))} s of all "
             "kernels together. [](compare.md) draws them.", "", every, ""]
@@ -93,7 +93,7 @@ def runs_page(profile: str, records: dict[str, dict[str, Any]], order: list[str]
     took = sum(records[name]["seconds"] for name in mine)
     lines = ["# What ran, and what it took", "",
              f"The {len(mine)} pages of this book took {number(round(took))} s in sum; a build runs them side by side. A "
-             "commit with a + behind it had uncommitted changes.", "",
+             "commit with a + behind it had uncommitted changes. Memory is that of a run's largest process.", "",
              "*Run again* tells what `make test` found when it ran a page a second time: whether every number that does not "
              "depend on timing was the same. A page that has run since, or was never run again, says so.", "",
              raw(table(head, rows, "Runs of the pages")), "",

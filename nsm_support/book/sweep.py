@@ -3,6 +3,7 @@
 import contextlib
 import json
 import multiprocessing
+import shlex
 import shutil
 import statistics
 import sys
@@ -20,6 +21,7 @@ from nsm_support.book.table import FACTS, Run, Sweep, folder, read_sweep
 
 STEP_SECONDS = 8.0, 60.0  # what a step takes at least, for it needs more than one to start; and at most, if no run takes longer
 SHORT = 3.0  # seconds: a run that takes less waits for much of them, for its kernel to start and to end
+TOLD = 10  # failed runs that are told with their reasons; all the others are counted
 ROUNDS = 8  # steps for each job, unless they would be too short: so that all jobs end at about the same time
 
 
@@ -140,7 +142,7 @@ def collect_table(sweep: Sweep, records: dict[str, dict[str, Any]]) -> None:
                      **{f"values.{key}": values.get(key, {}).get("value") for key in keys}})
     columns = {name: _column([row[name] for row in rows]) for name in rows[0]}
     with collect.whole(sweep.table) as path:
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, write_page_checksum=True)
 
 
 def _column(values: list) -> list:
@@ -162,20 +164,25 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
     """Run what is missing of a sweep and collect it; return a line that says what there is now.
 
     Args:
-        jobs: runs side by side.
+        jobs: cores of this machine for the runs, or jobs at once of the profile.
         profile_dir: a Snakemake profile that says where they run; None for this machine.
 
     Raises:
-        BookError: naming every run that failed. All others are finished, and the table says which are. If a page failed
+        BookError: for a path that no cluster takes, or naming the runs that failed. All others are finished, and the table says which are. If a page failed
             that the sweep takes files from, the table is as it was.
     """
     sweep = read_sweep(name)
+    if profile_dir and shlex.quote(sys.executable) != sys.executable:
+        raise BookError(f"{sys.executable}: with such a path no job on a cluster can begin: Snakemake writes it on a command line "
+                        "without quotes. Accepts letters, digits and @%+=:,./-_")
     log = BUILD / "log" / f"sweep-{name}.txt"
     with build.only_build(console) as lock:
         before, first = finished(sweep), stale_makers(sweep)
         # What a page that has to run again makes may be another file: then every run looks for itself.
         todo = [run for run in sweep.runs.values() if first or run.id not in before]
         why, code = {}, 0
+        # Those that began and did not end come last: one that hangs, and ends its whole job, keeps no other from running.
+        todo.sort(key=lambda run: (sweep.folder / run.id).exists())
         if todo:
             for left in [path for run in todo for path in (sweep.folder / run.id).glob(".*")]:  # of a run that was killed
                 left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
@@ -184,9 +191,11 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
             write_plan(sweep, todo, seconds, jobs)
             expected = {maker: known.get(maker, pages()[maker].budget[sweep.profile]) for maker in first}
             expected |= {_what(sweep.page.name, run.id): seconds for run in todo}
-            console.print(f"{len(todo)} of {len(sweep.runs)} runs to do, {jobs} side by side", highlight=False)
-            where = ["--profile", str(profile_dir.resolve()), "--jobs"] if profile_dir else ["--cores"]
-            words = ["sweep", *where, str(jobs), "--config", f"profile={sweep.profile}",
+            console.print(f"{len(todo)} of {len(sweep.runs)} runs to do, {'at most' if profile_dir else 'on'} {jobs} "
+                          f"{'jobs' if profile_dir else 'cores'} at a time", highlight=False)
+            where = (["--profile", str(profile_dir.resolve()), "--jobs", str(jobs)] if profile_dir else
+                     ["--cores", str(jobs), *build.room()])
+            words = ["sweep", *where, "--config", f"profile={sweep.profile}",
                      f"plan=_build/sweeps/{name}/plan.json"]
             code = build.snakemake(words, sweep.profile, expected, jobs, console, lock=lock, log=log)
             why = build.failures(code, build.read_states(sweep.profile))
@@ -200,9 +209,11 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
         records = finished(sweep)
         collect_table(sweep, records)
     failed = [run for run in sweep.runs.values() if run.id not in records]
-    for run in failed:
+    for run in failed[:TOLD]:
         reason = why.get(_what(sweep.page.name, run.id), "it did not end, or its page changed meanwhile")
         told.append(f"{run.label or 'defaults'} ({run.id}): {reason}")
+    if len(failed) > TOLD:
+        told.append(f"and {len(failed) - TOLD} more")
     if failed:
         raise BookError("\n\n".join([*told, f"sweep {name}: {len(failed)} of {len(sweep.runs)} runs failed; "
                                      f"{sweep.table} holds the others. Snakemake's own log: {log}"]))

@@ -12,7 +12,7 @@ from nsm_support.book.pages import Page, page
 from nsm_support.book.table import FACTS, folder, read_sweep, sweeps
 
 NOTEBOOKS = "../sweeps"
-MOST_RUNS = 500  # of one sweep, that the site shows one by one: their notebooks lie in it
+MOST_RUNS = 500  # of one sweep, that the site shows one by one, with their notebooks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +74,10 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        rows = pyarrow.parquet.read_table(path, page_checksum_verification=True).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise BookError(f"{path}: is no whole Parquet file: {' '.join(str(error).split())[:200]}") from None
+        raise BookError(f"{path}: is no whole Parquet file: {' '.join(str(error).split())[:200]}. "
+                        f"`nsm-book sweep {path.stem}` makes it anew from the runs") from None
     missing = [name for name in ("run", "page", "profile", "status", *FACTS) if rows and name not in rows[0]]
     if missing or not rows:
         raise BookError(f"{path}: is no table of a sweep: has no {', '.join(missing) or 'row'}")
@@ -103,7 +104,7 @@ def read_swept(name: str) -> Swept | None:
             today[entry["profile"]] = {**fingerprint(about, entry["profile"], {}), "parameters": None, "files": None}
         try:
             (record,) = json.loads((place / "results.json").read_text()) if len(entries) <= MOST_RUNS else ({},)
-            whole = digest(place / "run.ipynb") == record["digest"]
+            whole = record["digest"] == digest(place / "run.ipynb")  # in this order: no file is looked at without a record
             was = record["fingerprint"]
             same = ({**was, "parameters": None, "files": None} == today[entry["profile"]]
                     and was["files"] == files(was["parameters"]))
