@@ -168,7 +168,8 @@ class _Segment:
 
 
 class _SelectiveScan(torch.autograd.Function):
-    """`selective_scan` without D. A loop runs over the steps of a chunk only; all chunks of a segment step together."""
+    """`selective_scan` without D. A loop runs over the steps of a chunk only; all chunks of a segment step together. On a CPU
+    a segment has to fit the cache, so that one of wide states is a single chunk: then a step is a token of all channels."""
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, initial_state):

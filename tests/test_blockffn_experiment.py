@@ -143,8 +143,13 @@ def test_measures_of_routing_are_what_they_say():
         assert found[f"token_sparsity{ending}"] == pytest.approx(share(1, blocks), abs=1e-6)
         for size in (8, 64):
             assert found[f"chunk_{size}_sparsity{ending}"] == pytest.approx(share(size, blocks), abs=1e-6)
+            chances = [math.comb(210 - len({place[:2] for place in layer if place[2] == e}), size) / math.comb(210, size)
+                       for layer, alive in zip(used, blocks, strict=True) for e in alive]
+            halves = chances[:len(blocks[0])], chances[len(blocks[0]):]
+            mean = sum(sum(half) / len(half) for half in halves) / 2
+            assert found[f"chunk_{size}_scattered{ending}"] == pytest.approx(mean, rel=1e-9)
     assert found["dead_experts"] == 1 and found["token_sparsity_alive"] < found["token_sparsity"]
-    assert len(found) == 7
+    assert len(found) == 11
     with pytest.raises(ValueError, match="no block for any token"):
         routing_measures([scores[0], torch.zeros(3, 70, 6)])
 

@@ -1,4 +1,4 @@
-"""Counting contexts, as well as it is done: what a language model with a large vocabulary has to beat.
+"""Counting contexts, and smoothing what was counted: what a language model has to beat.
 
 Letters: V vocabulary, n tokens. A gram of m + 1 tokens is a context of m tokens and the token after it.
 """
@@ -18,8 +18,9 @@ def kneser_ney(train: Sequence[Tensor], test: Sequence[Tensor], vocab_size: int,
 
     with N(context) different tokens after it, and d = n₁/(n₁ + 2 n₂) from what is counted once and twice (n₁ at least 1).
     In all orders but the highest c counts different tokens before, not occurrences; below them all is 1/V. (Kneser and
-    Ney 1995; interpolated, Chen and Goodman 1999, section 4.1.6.) Order 1 is the best constant, 2 the bigram. Unlike
-    `metrics.ngram_baseline` it holds no table of V^order entries, and has nothing to tune.
+    Ney 1995; interpolated, Chen and Goodman 1999, whose modified form, with three discounts, predicts a little better.)
+    Order 1 is the best constant, 2 the bigram. Unlike `metrics.ngram_baseline` it holds no table of V^order entries, and has
+    nothing to tune.
 
     Args:
         train, test: chapters, token numbers [n] each, n ≥ 2.

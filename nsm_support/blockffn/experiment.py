@@ -63,8 +63,9 @@ def windows(chapters: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
 def routing_measures(scores: Sequence[Tensor]) -> dict[str, float]:
     """What the scores [B,T,E] of each layer's routing say of a model: means over layers, tokens or chunks, and blocks.
 
-    `token_sparsity`, `chunk_8_sparsity` and `chunk_64_sparsity`; each with `_alive` behind its name over those blocks
-    alone that some token here uses; and `dead_experts`, how many blocks of all layers none does.
+    `token_sparsity`, `chunk_8_sparsity` and `chunk_64_sparsity`, and `chunk_8_scattered` and `chunk_64_scattered`: the
+    same of as many tokens from anywhere, drawn without replacement, in expectation. Each with `_alive` behind its name over
+    those blocks alone that some token here uses. And `dead_experts`, how many blocks of all layers none does.
 
     Raises:
         ValueError: for fewer than 64 tokens, or if a layer uses no block at all.
@@ -79,8 +80,20 @@ def routing_measures(scores: Sequence[Tensor]) -> dict[str, float]:
             for size in CHUNKS:
                 one = chunk_sparsity(kept, size).mean().item()
                 found.setdefault(f"chunk_{size}_sparsity{ending}", []).append(one)
+                found.setdefault(f"chunk_{size}_scattered{ending}", []).append(scattered_sparsity(kept, size))
     means = {name: sum(values) / len(values) for name, values in found.items()}
     return means | {"dead_experts": float(sum(int(layer.sum()) for layer in dead))}
+
+
+def scattered_sparsity(scores: Tensor, size: int) -> float:
+    """Share of the blocks that `size` tokens from anywhere in scores [...,E] leave out together, in expectation.
+
+    Of n tokens u leave a block out, so all that are drawn do with probability Π_j (u − j)/(n − j), j = 0 … size − 1.
+    """
+    unused = (scores == 0).flatten(0, -2).sum(0)
+    taken = torch.arange(size, device=scores.device)
+    chances = (unused[:, None] - taken).clamp(min=0).double() / (scores[..., 0].numel() - taken)
+    return chances.prod(1).mean().item()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from ..data import window_sampler
 from ..training import TrainingConfig
 from .gates import MODES, Gate
 from .hybrid import GatedHybridLayer, calibrate, detach, tune
-from .sidecars import Material, attach_all, evenly, load, pieces, score, sidecars_of
+from .sidecars import Material, attach_all, evenly, load, own_seed, pieces, score, sidecars_of
 
 GATES = (*MODES, "inverted_hard", "inverted_soft")
 CALIBRATION = 64  #: windows of training chapters, at most, that thresholds are set on
@@ -30,7 +30,7 @@ class GateRun:
     material: Material
     sidecars: str  #: a file by `save_sidecars`
     base: int
-    seed: int  #: of the sidecars, of the batches, and of the gate's draws
+    seed: int  #: with that of the base model, of the sidecars, of the batches, and of the gate's draws
     mode: str  #: of GATES
     alpha: float = 0.5
     temperature: float = 0.5
@@ -53,7 +53,7 @@ class InvertedGate(Gate):
 
 def make_gate(run: GateRun, layer: int, width: int) -> Gate:
     """The gate of one layer, with draws of its own."""
-    options = {"width": width, "temperature": run.temperature, "seed": 1_000 * run.seed + layer}
+    options = {"width": width, "temperature": run.temperature, "seed": 1_000 * own_seed(run) + layer}
     kind, _, shape = run.mode.partition("_")
     if kind == "inverted":
         return InvertedGate(f"routing_{shape}", run.alpha, **options)
@@ -105,7 +105,7 @@ def compare_gate(run: GateRun) -> dict[str, Any]:
             batch = sample(generator, batch_size)
             seen += int(batch[0].sum())
             for gate in gates:
-                gate.seed += 1_000_000
+                gate.seed += 1_000_000_000
             return batch
 
         plan = {"batch_size": run.batch_size, "learning_rate": run.learning_rate}
@@ -117,7 +117,7 @@ def compare_gate(run: GateRun) -> dict[str, Any]:
     if run.mode.startswith("learned") and run.map_steps:
         gates = ready(replace(run, mode="learned_soft"))
         calibrate(model, calibration)
-        train(gates, run.map_steps, run.seed + 500)
+        train(gates, run.map_steps, own_seed(run) + 500_000)
         maps = [gate.map.state_dict() for gate in gates]
         detach(model)
     gates, seen = ready(run), 0
@@ -126,7 +126,7 @@ def compare_gate(run: GateRun) -> dict[str, Any]:
     calibrate(model, calibration)
     before = score(model, text.test)
     if run.steps:
-        train(gates, run.steps, run.seed)
+        train(gates, run.steps, own_seed(run))
     reached = calibrate(model, calibration)
     return {
         "before": before, "after": score(model, text.test) if run.steps else before, "batches": seen,

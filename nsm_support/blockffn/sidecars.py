@@ -59,12 +59,17 @@ class SidecarRun:
 
     material: Material
     base: int  #: the base model's seed
-    seed: int  #: of the sidecars' start and of the batches
+    seed: int  #: with that of the base model, of the sidecars' start and of the batches
     mamba: Mapping[str, int] = field(default_factory=dict)  #: options of `MambaSidecar`
     distil_steps: int = 250
     tune_steps: int = 120
     batch_size: int = 4  #: windows
     learning_rate: float = 3e-3  #: of the distillation; tuning has a third of it
+
+
+def own_seed(run: Any) -> int:
+    """The seed of all that a run draws, from its `base` and `seed`: runs of two base models share no start and no batch."""
+    return 1_000 * run.base + run.seed
 
 
 class Scored(NamedTuple):
@@ -177,9 +182,9 @@ def train_sidecars(run: SidecarRun) -> dict[str, Any]:
         errors: `distillation_errors` on `ROWS` test chapters by layer, for "untrained", "distilled" and "tuned" sidecars.
     """
     text, model = pieces(run.material), load(run.material).models[run.base]
-    sidecars = make_sidecars(model, run.seed, run.mamba)
+    sidecars = make_sidecars(model, own_seed(run), run.mamba)
     sample = window_sampler(text.stream, run.material.window)
-    options = {"batch_size": run.batch_size, "seed": run.seed}
+    options = {"batch_size": run.batch_size, "seed": own_seed(run)}
 
     def errors() -> dict[int, float]:
         students = nn.ModuleDict({str(i): one for i, one in sidecars.items()})
@@ -229,7 +234,7 @@ def sweep(run: SweepRun) -> dict[Mixture | str, Tensor]:
     """Nats [C] of test chapters for every mixture; and of "baseline", the model without sidecars."""
     text, model = pieces(run.material), load(run.material).models[run.base]
     trained = sidecars_of(run)
-    kinds = {"trained": trained, "silent": silent(trained), "untrained": make_sidecars(model, run.seed, run.mamba)}
+    kinds = {"trained": trained, "silent": silent(trained), "untrained": make_sidecars(model, own_seed(run), run.mamba)}
     found: dict[Mixture | str, Tensor] = {"baseline": score(model, text.test).nats}
     for mixture in run.mixtures:
         with mixed(model, kinds[mixture.sidecars], mixture.alpha):
