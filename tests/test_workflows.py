@@ -41,10 +41,11 @@ def test_publish_tells_every_verdict_that_changed_before_it_deploys():
 
 
 @pytest.mark.parametrize(("answered", "diff", "code", "told"), [
-    ("200", "echo refuted; exit 1", 0, "refuted"), ("200", "echo same; exit 0", 0, "same"), ("200", "echo broken; exit 2", 1, ""),
+    ("200", "echo refuted; exit 1", 0, "refuted"), ("200", "echo same; exit 0", 0, "same"),
+    ("200", "echo broken >&2; exit 2", 0, "broken"),
     ("404", "exit 9", 0, "Nothing was published before."), ("500", "exit 9", 1, "answered 500"),
 ])
-def test_the_step_that_tells_changes_stops_only_where_it_cannot_tell(tmp_path, answered, diff, code, told):
+def test_the_step_that_tells_changes_stops_only_where_nothing_can_be_read(tmp_path, answered, diff, code, told):
     """The step itself, with a curl and an nsm-book that answer as they are told to."""
     steps = yaml.safe_load((FOLDER / "publish.yml").read_text())["jobs"]["publish"]["steps"]
     step = next(step["run"] for step in steps if "nsm-book diff" in step.get("run", ""))
