@@ -107,6 +107,7 @@ def test_a_table_of_a_sweep_gives_its_finished_runs(tmp_path):
 @pytest.mark.parametrize(("name", "content", "told"), [
     ("half.json", b'[{"page": "group/first"', "half.json is no results.json of this book, or not whole: JSONDecodeError"),
     ("other.json", b'[{"page": "group/first"}]', "is no results.json of this book, or not whole: KeyError 'all_parameters'"),
+    ("deep.json", b"[" * 100_000, "deep.json is no results.json of this book, or not whole: RecursionError"),
     ("list.json", b'[3]', "list.json is no results.json of this book, or not whole: TypeError"),
     ("half.parquet", b"PAR1", "half.parquet is no whole Parquet file"),
     ("text.csv", b"a,b", "text.csv is neither .json nor .parquet; accepted: a profile, a sweep, a results.json"),
@@ -119,7 +120,8 @@ def test_what_is_no_store_is_refused(tmp_path, name, content, told):
 
 
 def test_a_parquet_file_of_something_else_is_refused(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"page": ["x"], "loss": [1.0]}), tmp_path / "other.parquet")
+    row = {name: ["x"] for name in ("page", "parameters", "key", "value", "text")}  # no profile
+    pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / "other.parquet")
     with pytest.raises(BookError, match=r"neither a results\.parquet nor a sweep's table"):
         diff.read_store(str(tmp_path / "other.parquet"))
 

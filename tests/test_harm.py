@@ -291,6 +291,14 @@ def test_no_output_reaches_a_reader_as_a_script():
     assert "<script>" in told_of({"text/html": "<b>" * 200_000 + "<script>"})[0]  # in a moment
 
 
+@pytest.mark.parametrize(("value", "held"), [(2**63 - 1, True), (-(2**63), True), (2**63, False), ("é", True), ("\ud800", False)])
+def test_a_value_that_no_table_holds_is_refused_with_its_run(value, held):
+    output = nbformat.v4.new_output("display_data", {GLUE_MIME: "3"}, metadata={"scrapbook": {"name": "count", "value": value}})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("glue()", outputs=[output])])
+    told = gate.problems(notebook, pages.Page(name="group/first", budget={}, memory=1), prose=False)
+    assert told == [] if held else told[0].startswith("group/first: 'count' is glued with a value that no table holds: ")
+
+
 @pytest.mark.kernel
 @pytest.mark.xdist_group("harm")
 def test_a_page_with_a_script_is_not_published(harmed, tmp_path):

@@ -1,10 +1,13 @@
 """Models: heads, streaming, padding, pruning, learning; and the first notebooks' own calls."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from nsm_support.nsm import NSM, NSMConfig, NSMLayer, SimpleNSM, StateManager, TokenToStateRouter
+from nsm_support.results import ROOT
 
 SMALL = {"token_dim": 16, "state_dim": 12, "num_states": 5, "window": 4, "num_layers": 2}
 
@@ -222,3 +225,12 @@ def test_call_errors():
         model.prune([[0]])
     with pytest.raises(ValueError, match="mix 'local' has no states"):
         make(input_dim=6, output_dim=3, mix="local").prune()
+
+
+def test_the_readme_uses_the_package_as_it_is():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    with torch.no_grad():
+        exec(code, names)
+    assert names["logits"].shape == (2, 1000, 256)
+    torch.testing.assert_close(names["step"], names["logits"][:, 19], rtol=0, atol=1e-4)

@@ -97,7 +97,7 @@ def read_json(path: Path) -> list[Run]:
     try:
         return [Run(run["page"], dict(run["all_parameters"]), {key: entry["value"] for key, entry in run["values"].items()})
                 for run in json.loads(path.read_text())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BookError(f"diff: {path} is no results.json of this book, or not whole: {type(error).__name__} {error}") from None
 
 
@@ -117,7 +117,7 @@ def read_parquet(path: Path) -> list[Run]:
         return [Run(row["page"], part(row, "parameters."),
                     {key: value for key, value in part(row, "values.").items() if value is not None})
                 for row in rows if row["status"] == "done"]
-    if not rows or not {"page", "parameters", "key", "value", "text"} <= rows[0].keys():
+    if not rows or not {"page", "profile", "parameters", "key", "value", "text"} <= rows[0].keys():
         raise BookError(f"diff: {path} is neither a results.parquet nor a sweep's table")
     found: dict[tuple, Run] = {}
     for row in rows:

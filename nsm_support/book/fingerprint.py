@@ -68,15 +68,26 @@ def page_code(page: Page) -> list[str]:
     return [cell.source for cell in read(page).cells if cell.cell_type == "code"]
 
 
+@cache
+def _digest_as_of(path: Path, *state: int) -> str:
+    """`digest`, once for each state of a file: runs of one process share the large files that they are given."""
+    return digest(path)
+
+
+def _digest_once(path: Path) -> str:
+    now = path.stat()
+    return _digest_as_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
 def files(given: dict[str, Any]) -> dict[str, Any]:
     """By the parameter that names it, the digest of a file, or of each file in a folder: paths as a kernel finds them."""
     found = {}
     for name, value in given.items():
         path = os.path.join(ROOT, value) if isinstance(value, str) and value else ""
         if os.path.isfile(path):
-            found[name] = digest(Path(path))
+            found[name] = _digest_once(Path(path))
         elif os.path.isdir(path):
-            found[name] = {one.name: digest(one) for one in sorted(Path(path).iterdir()) if one.is_file()}
+            found[name] = {one.name: _digest_once(one) for one in sorted(Path(path).iterdir()) if one.is_file()}
     return found
 
 
@@ -141,8 +152,8 @@ def differences(page: Page, profile: str, remade: frozenset[str] = frozenset()) 
     names = {"source": f"its source book/{page.name}.md", "claims": "its entries in book/claims.yml",
              "python": "the Python version"}
     lines += [f"{text} changed" for part, text in names.items() if old.get(part) != new[part]]
-    kinds = {"parameters": "parameter {}: {} → {}", "files": "the file that parameter {} names changed", "modules": "module {} changed", "pins": "pins: {} changed",
-             "products": "product {} of another page changed"}
+    kinds = {"parameters": "parameter {}: {} → {}", "files": "the file that parameter {} names changed",
+             "modules": "module {} changed", "pins": "pins: {} changed", "products": "product {} of another page changed"}
     for part, text in kinds.items():
         before, after = old.get(part, {}), new[part]
         for name in sorted(before.keys() | after.keys()):

@@ -86,6 +86,13 @@ def typed_verdicts(cell: nbformat.NotebookNode) -> list[str]:
     return TYPED.findall(CODE.sub("", cell.source)) if cell.cell_type == "markdown" else []
 
 
+def storable(value: object) -> bool:
+    """Whether the book's tables, of whole numbers of 64 bits and of UTF-8, hold a value."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not isinstance(value, str) or not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def problems(notebook: nbformat.NotebookNode, page: Page, prose: bool = True) -> list[str]:
     """Everything that keeps an executed page from being published, each with its page and cell.
 
@@ -98,6 +105,8 @@ def problems(notebook: nbformat.NotebookNode, page: Page, prose: bool = True) ->
              for number, cell in enumerate(cells, start=1)}
     found = [f"{where[id(cell)]}: {problem}" for cell in cells for output in cell.get("outputs", ())
              if (problem := output_problem(output))]
+    found += [f"{page.name}: {key!r} is glued with a value that no table holds: {brief(entry['value'])}"
+              for key, entry in keys.items() if not storable(entry["value"])]
     if prose and not found:
         found = [f"{where[id(cell)]}: no cell glues {key!r}" for cell in cells if cell.cell_type == "markdown"
                  for key in GLUE_ROLE.findall(cell.source) if key not in keys]
