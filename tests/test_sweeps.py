@@ -165,6 +165,17 @@ def test_many_failures_are_counted_and_what_began_comes_last(small, monkeypatch,
     assert planned == [run for run in runs if run not in (runs[0], runs[7])] + [runs[0], runs[7]]
 
 
+def test_what_a_node_wrote_may_be_seen_late(small, monkeypatch, tmp_path):
+    for module in (table, sweep, build):
+        monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
+    found = small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
+    one = {"seconds": 1.0, "values": {}}
+    looks = [{}, {}, dict.fromkeys([*found.runs][:1], one), dict.fromkeys(found.runs, one)]
+    monkeypatch.setattr(sweep, "finished", lambda found: looks.pop(0))
+    monkeypatch.setattr(build, "snakemake", lambda *words, **others: 0)
+    assert "2 runs, all done" in sweep.run("x", 2, tmp_path, Console()) and not looks
+
+
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_step_goes_on_past_runs_that_fail_and_are_killed(small, monkeypatch, tmp_path, at_once):
     for module in (table, sweep, build):

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nsm_support.book.table import FACTS, Run, Sweep, folder, read_sweep
 STEP_SECONDS = 8.0, 60.0  # what a step takes at least, for it needs more than one to start; and at most, if no run takes longer
 SHORT = 3.0  # seconds: a run that takes less waits for much of them, for its kernel to start and to end
 TOLD = 10  # failed runs that are told with their reasons; all the others are counted
+SEEN_LATE = 60.0  # seconds that a file which a node of a cluster wrote may take to be seen here
 ROUNDS = 8  # steps for each job, unless they would be too short: so that all jobs end at about the same time
 
 
@@ -206,7 +208,10 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
         if behind:
             raise BookError("\n\n".join([*told, f"sweep {name}: needs {', '.join(behind)}; its table was left as it was. "
                                          f"Snakemake's own log: {log}"]))
-        records = finished(sweep)
+        records, until = finished(sweep), time.monotonic() + SEEN_LATE
+        while profile_dir and not code and len(records) < len(sweep.runs) and time.monotonic() < until:
+            time.sleep(1)  # all jobs ended well, so their files will be seen
+            records = finished(sweep)
         collect_table(sweep, records)
     failed = [run for run in sweep.runs.values() if run.id not in records]
     for run in failed[:TOLD]:
