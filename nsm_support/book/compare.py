@@ -8,7 +8,7 @@ from nsm_support.book.swept import MOST_RUNS, Row, Swept, read_all
 from nsm_support.book.table import sweeps
 
 MOST_FRAMES = 4_000  # choices of parameters times measures
-MOST_POINTS = 200_000  # of all frames together
+MOST_POINTS = 50_000  # of all frames together
 MOST_PLACES = 5_000  # settings that a drawing has room for
 
 
