@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nsm_support.blockffn import gating, sidecars
 from nsm_support.blockffn.corpus import load_corpus, save_trained
 from nsm_support.blockffn.gates import Gate
-from nsm_support.blockffn.gating import GateRun, InvertedGate, compare_gate, layer_passes
+from nsm_support.blockffn.gating import GateRun, InvertedGate, compare_gate, layer_passes, make_gate
 from nsm_support.blockffn.hybrid import GatedHybridLayer, detach
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
 from nsm_support.blockffn.sidecars import (
@@ -125,6 +125,12 @@ def test_training_of_sidecars_is_repeatable_and_helps_and_leaves_the_model(mater
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     other = train_sidecars(replace(run, seed=4))
     assert other["errors"]["untrained"] != first["errors"]["untrained"], "another seed begins elsewhere"
+    trained.models[1] = base
+    other = train_sidecars(replace(run, base=1, distil_steps=1))
+    assert other["errors"]["untrained"] != first["errors"]["untrained"], "and so do those of another base model"
+    gates = [make_gate(GateRun(material=material, sidecars="", base=b, seed=s, mode="random_hard"), i, 8)
+             for b in (0, 1) for s in (0, 1) for i in (0, 1)]
+    assert len({gate.seed for gate in gates}) == 8
 
 
 def test_every_layer_has_an_alpha_of_its_own_while_it_is_tuned(material, monkeypatch):

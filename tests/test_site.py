@@ -95,7 +95,7 @@ def test_every_figure_is_really_drawn(chromium, address, name):
             traces = live.evaluate(f"(e) => [e.data.length, e.querySelectorAll('{marks}').length]")
             assert min(traces) > 0, figure.get_attribute("id")
         else:
-            assert drawing.locator("path, use, image").count() > 5, figure.get_attribute("id")
+            assert drawing.locator("path, use, image, circle, rect").count() > 5, figure.get_attribute("id")
         words = figure.locator("[role=img]").first.get_attribute("aria-label")
         assert len(words.split()) >= 4
         assert figure.locator("figcaption").inner_text().strip()

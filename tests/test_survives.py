@@ -282,10 +282,12 @@ def test_a_command_that_is_ended_takes_its_snakemake_along(book):
         assert process.poll() is None
         time.sleep(0.02)
     (snakemake,) = [child for child in psutil.Process(process.pid).children() if "snakemake" in child.cmdline()]
+    begun = [snakemake, *snakemake.children(recursive=True)]
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in output, output
-    assert not snakemake.is_running()
+    assert len(begun) > 2 and not psutil.wait_procs(begun, timeout=3)[1]  # the kernel sleeps five seconds
+    assert not book.run("group/first").exists()
 
 
 def test_dates_decide_nothing(book):

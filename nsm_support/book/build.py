@@ -175,7 +175,12 @@ def snakemake(words: list[str], profile: str, expected: dict[str, float], cores:
         try:
             watch(process, profile, expected, cores, console)
         except BaseException:
-            process.terminate()
+            steps = psutil.Process(process.pid).children(recursive=True)
+            for sign in (signal.SIGINT, signal.SIGTERM):  # a job that was begun in the background ignores the first
+                process.send_signal(sign)
+            for step in steps:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    step.terminate()
             process.wait()
             raise
     return process.returncode

@@ -52,6 +52,8 @@ def sweep_part(swept: Swept, number_of: int) -> list[str]:
     kept, names, left = summary(rows, swept.measure)
     if left:
         lines += [f"{left} settings with the fewest runs are not drawn; the table has all.", ""]
+    if len(names) < len(measures(rows)):
+        lines += [f"{len(names)} of {len(measures(rows))} measures are drawn; the table has all.", ""]
     for figure in drawings.drawings(swept, rows, kept, names, f"sweep-{number_of}"):
         lines += [raw(figure), ""]
     return lines if swept.large else [*lines, raw(run_table(swept, names)), ""]

@@ -8,6 +8,7 @@ from nsm_support.book.series import Choice, Point, in_order, points
 from nsm_support.book.swept import Row, Swept
 from nsm_support.figures import PALETTE
 
+TICKS = 24  # names along an axis
 CELLS = 12  # rows and columns of a heatmap up to which every cell has room for its number
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star")
@@ -52,8 +53,14 @@ def places(lines: int) -> list[float]:
 
 
 def line_axis(name: str, values: list[str]) -> dict[str, Any]:
-    return {"title": {"text": safe(name)}, "type": "linear", "tickmode": "array", "tickvals": [*range(len(values))],
-            "ticktext": [safe(value) for value in values], "range": [-0.5, len(values) - 0.5]}
+    named = ticks(values)
+    return {"title": {"text": safe(name)}, "type": "linear", "tickmode": "array", "tickvals": [*named],
+            "ticktext": [safe(values[i]) for i in named], "range": [-0.5, len(values) - 0.5]}
+
+
+def ticks(values: list[str]) -> range:
+    """The places along an axis that have room for their value's name: every second, third … if there are many."""
+    return range(0, len(values), -(-len(values) // TICKS))
 
 
 def line_frame(swept: Swept, rows: list[Row], choice: Choice, measure: str, most: int) -> list[dict[str, Any]]:
@@ -104,7 +111,7 @@ def still_lines(rows: list[Row], choice: Choice, measure: str):
         axes.errorbar([x for x, _ in line], [p.mean for _, p in line], [*zip(*spans, strict=True)] or None, capsize=3,
                       color=look["color"], linestyle=STILL[look["dash"]], marker=STILL_SYMBOLS[SYMBOLS.index(look["symbol"])],
                       label=f"{choice.line} = {value}".replace("$", r"\$"))
-    axes.set_xticks(range(len(along)), [x.replace("$", r"\$") for x in along])
+    axes.set_xticks([*ticks(along)], [along[i].replace("$", r"\$") for i in ticks(along)])
     axes.set(xlabel=choice.along, ylabel=measure)
     if choice.line:
         axes.legend(fontsize="small")
@@ -118,8 +125,8 @@ def still_grid(rows: list[Row], choice: Choice, measure: str):
     along, across = in_order(rows, choice.along), in_order(rows, choice.line)
     cells = [[found[value, x].mean if (value, x) in found else float("nan") for x in along] for value in across]
     figure.colorbar(axes.pcolormesh(cells), ax=axes, label=measure)
-    axes.set_xticks([i + 0.5 for i in range(len(along))], [x.replace("$", r"\$") for x in along])
-    axes.set_yticks([i + 0.5 for i in range(len(across))], [value.replace("$", r"\$") for value in across])
+    axes.set_xticks([i + 0.5 for i in ticks(along)], [along[i].replace("$", r"\$") for i in ticks(along)])
+    axes.set_yticks([i + 0.5 for i in ticks(across)], [across[i].replace("$", r"\$") for i in ticks(across)])
     axes.set(xlabel=choice.along, ylabel=choice.line)
     return figure
 
