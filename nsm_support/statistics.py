@@ -89,6 +89,25 @@ def t_interval(values: ArrayLike) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
+def share_interval(hits: ArrayLike) -> Estimate:
+    """Share of units that hit, and Wilson's 95 % interval (Wilson 1927): it has a width also where all or none do.
+
+    Args:
+        hits: [n], a truth value for each unit.
+
+    Raises:
+        ValueError: if there is none, or a value that is neither 0 nor 1.
+    """
+    from scipy.stats import binomtest
+
+    sample = np.asarray(hits)
+    if sample.ndim != 1 or not len(sample) or not np.isin(sample, (0, 1)).all():
+        raise ValueError(f"share_interval: takes truth values [n], n at least 1; got {sample.tolist()!r:.80}")
+    count, n = int(sample.sum()), len(sample)
+    low, high = binomtest(count, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(count / n, min(float(low), count / n), max(float(high), count / n), n)  # rounding may pass the ends
+
+
 def bootstrap_interval(*samples: ArrayLike, statistic: Callable[..., Any] = np.mean, seed: int = 0) -> Estimate:
     """A statistic over independent units and its 95 % bootstrap interval (`scipy.stats.bootstrap`, 9,999 resamples).
 

@@ -349,6 +349,19 @@ def test_a_sweep_too_large_to_show_is_counted_and_its_files_are_left_alone(tmp_p
     assert "1 of 2 runs of" in told and "in 2 s of" in told and "<table" not in told
 
 
+def test_a_drawing_keeps_to_the_names_and_points_that_it_has_room_for(monkeypatch):
+    assert [*drawings.ticks(["x"] * 24)] == [*range(24)] and [*drawings.ticks(["x"] * 25)] == [*range(0, 25, 2)]
+    assert len(drawings.ticks(["x"] * 5000)) <= 24 and len(drawings.line_axis("a", ["x"] * 99)["ticktext"]) == 20
+    rows = [one for one in grid() if one.parameters["seed"] == 0]  # four settings, two measures, two choices
+    assert tuple(map(len, compare.summary(rows, None)[:2])) == (2, 2)
+    for points, drawn in ((16, (2, 2)), (8, (1, 2)), (4, (1, 1)), (1, (1, 1))):
+        monkeypatch.setattr(compare, "MOST_POINTS", points)
+        assert tuple(map(len, compare.summary(rows, None)[:2])) == drawn
+    monkeypatch.setattr(compare, "read_all", lambda: [sweep_of(rows)])
+    monkeypatch.setattr(compare, "sweeps", lambda: {})
+    assert "1 of 2 measures are drawn" in compare.compare_page()
+
+
 def test_without_a_sweep_the_page_says_how_to_run_one(monkeypatch):
     monkeypatch.setattr(compare, "read_all", lambda: [])
     monkeypatch.setattr(compare, "sweeps", lambda: {"states": None})

@@ -64,6 +64,12 @@ def test_a_verdict_typed_by_hand_is_not_published(copy):
     assert code == 1 and "group/first: no sentence says how 'positive' came out" in output
 
 
+def test_a_verdict_typed_on_a_page_without_a_run_is_not_published(copy):
+    copy.edit("book/intro.md", "{glue:text}`group/first:positive_verdict`", "*refuted*")
+    code, output = copy.book("build")
+    assert code == 1 and "intro: '*refuted*' is emphasised as only a verdict of a run is" in output, output
+
+
 def test_running_the_pages_again_is_kept_and_told(copy):
     """What `make test` does with nbval: the record is of whole pages, and of the run that was compared."""
     (copy.folder / "tests").mkdir()

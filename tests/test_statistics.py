@@ -16,6 +16,7 @@ from nsm_support.statistics import (
     paired_difference,
     permutation_null,
     permutation_test,
+    share_interval,
     t_interval,
 )
 
@@ -215,3 +216,15 @@ def test_crossed_interval_covers_the_truth(spread):
 def test_crossed_interval_refuses(wrong):
     with pytest.raises(ValueError, match="bases, seeds, chapters"):
         crossed_interval(wrong)
+
+
+def test_a_share_has_wilsons_interval_which_holds_it_at_the_ends_too():
+    z = 1.959963984540054
+    for count, n in ((0, 6), (6, 6), (2, 7), (1, 1)):
+        found, p = share_interval(np.arange(n) < count), count / n
+        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        assert found == pytest.approx((p, middle - half, middle + half, n), abs=1e-12) and found.low <= p <= found.high
+    for wrong in ([], [0.5], [[True]], [True, 2]):
+        with pytest.raises(ValueError, match="takes truth values"):
+            share_interval(wrong)

@@ -42,10 +42,10 @@ def kneser_ney(train: Sequence[Tensor], test: Sequence[Tensor], vocab_size: int,
     trained = torch.arange(len(token)) < sum(map(len, train))
     scored = (~trained & (depth > 0)).nonzero()[:, 0]
     probability = torch.full((len(token),), 1 / vocab_size, dtype=torch.float64)
-    grams = [torch.zeros_like(token)]  # the number of the gram of m tokens that ends at each place, m = 0 … order
+    # The number of the gram of m tokens that ends at each place, m = 0 … order; one across chapters is never read
+    grams = [torch.zeros_like(token)]
     for m in range(order):
-        number = torch.where(depth >= m, grams[m].roll(1) * vocab_size + token, 0)  # 0 too where there is none: never read
-        grams.append(number.unique(return_inverse=True)[1])
+        grams.append((grams[m].roll(1) * vocab_size + token).unique(return_inverse=True)[1])
     for m in range(order):
         context, gram = grams[m].roll(1), grams[m + 1]
         # The places that c counts: every one, or in lower orders one for each gram with the token before it

@@ -170,8 +170,8 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
         profile_dir: a Snakemake profile that says where they run; None for this machine.
 
     Raises:
-        BookError: for a path that no cluster takes, or naming the runs that failed. All others are finished, and the table says which are. If a page failed
-            that the sweep takes files from, the table is as it was.
+        BookError: for a path that no cluster takes, or naming the runs that failed. All others are finished, and the table
+            says which are. If a page failed that the sweep takes files from, the table is as it was.
     """
     sweep = read_sweep(name)
     if profile_dir and shlex.quote(sys.executable) != sys.executable:
