@@ -101,6 +101,7 @@ def test_two_hundred_runs_beside_a_loop_over_papermill(benchmark, tmp_path):
     benchmark.extra_info.update(seconds=ours, run=ours / runs, papermill_run=peer / looped, busy=share, cores=os.cpu_count())
     print(f"\n{runs} runs on 2 cores {ours:.0f} s, {ours / runs:.2f} s a run, cores {share:.0%} busy; "
           f"a loop over papermill {peer / looped:.2f} s a run: {peer / looped / (ours / runs):.2f}×")
+    assert share >= 0.85
 
 
 @pytest.mark.benchmark(group="sweep: killed at half")
