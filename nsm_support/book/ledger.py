@@ -144,8 +144,8 @@ def ledger_page(records: dict[str, dict[str, Any]], order: list[str]) -> str:
     count = {word: sum(answer.verdict == word for _, answer in found) for word in WORDS}
     told = ", ".join(f"**{count[word]} {word}**" for word in WORDS)
     lines = ["# What was asked, and what came of it", "",
-             "Every question below was written down in `book/claims.yml` with the rule that decides it, before the run that "
-             f"decided. Questions: {len(found)}; {told}.", "",
+             "Every question below stands in `book/claims.yml` with the rule that decides it, written down before the run that "
+             f"decided; where one was added or changed later, its page says so. Questions: {len(found)}; {told}.", "",
              *(f"- *{word}*: {meaning}" for word, meaning in COUNTED.items()), "",
              "The verdicts in the book's sentences are these; a page that says otherwise is not published.", "",
              raw(picture(parts)), ""]
