@@ -71,7 +71,7 @@ if "plan" in config:  # a path, because Snakemake reads a sweep named `true` or 
 
     rule runs:  # a few runs of the sweep; what each leaves in its own folder is whole, and is not Snakemake's to remove
         input:
-            [RUNS[maker.name] for maker in sweep.makers(PAGE)],
+            [RUNS[maker.name] for maker in fingerprint.makers(PAGE)],
             [f"_build/products/{PROFILE}/{product}" for product in PAGE.needs],
         output:
             touch(f"{FOLDER}/steps/{{step}}"),

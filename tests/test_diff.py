@@ -51,6 +51,20 @@ def test_an_estimate_that_stayed_while_its_interval_changed_is_told_but_does_not
     assert [value.key for value in found.other] == ["a"] and found.equal == 0 and not found.matters
 
 
+def test_what_is_told_with_nothing_else_has_a_line_of_its_own():
+    found = diff.compare([run(**estimate("a", 0.5, 0.0, 1.0, n=3), b=1, b_high=3, c=1, c_n="x")],
+                         [run(**estimate("a", 0.5, 0.0, 1.0, n=300), b=1, b_high=99, c=1, c_n="x")])
+    assert [value.key for value in found.other] == ["a_n", "b_high"] and found.equal == 3 and not found.beyond
+
+
+def test_parameters_of_runs_that_meet_are_told_where_they_differ():
+    found = diff.compare([run(parameters={"count": 3, "seed": 1}, mean=2.0)], [run(parameters={"count": 5, "seed": 1}, mean=2.0)])
+    assert found.parameters == [("group/first", "count", 3, 5)] and found.equal == 1
+    console = Console(file=io.StringIO(), width=100)
+    diff.show(found, "a", "b", console)
+    assert "Parameters that differ (1)" in console.file.getvalue()
+
+
 def test_a_changed_verdict_matters_with_its_reasons_and_only_once():
     first = run(**estimate("c", 1.0, 0.5, 1.5), c_verdict="supported", c_reason="low > 0")
     second = run(**estimate("c", 1.2, -0.5, 2.5), c_verdict="undecided", c_reason="n = 3, and the rule asks for 6")
@@ -117,6 +131,18 @@ def test_what_is_no_store_is_refused(tmp_path, name, content, told):
     with pytest.raises(BookError) as refused:
         diff.read_store(str(tmp_path / name))
     assert told in str(refused.value)
+
+
+def test_a_damaged_store_that_can_still_be_read_is_refused(tmp_path):
+    records = [record(**estimate("mean", 2.0, 1.0, 3.0), c_verdict="supported")]
+    collect.write_table(records, tmp_path / "results.parquet")
+    records[0]["checksum"] = collect.checksum(records[0])
+    (tmp_path / "results.json").write_text(json.dumps(records))
+    assert diff.read_store(str(tmp_path / "results.parquet")) == diff.read_store(str(tmp_path / "results.json"))
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"supported", b"unsported"))
+        with pytest.raises(BookError, match=r"not whole|no whole"):
+            diff.read_store(str(path))
 
 
 def test_a_parquet_file_of_something_else_is_refused(tmp_path):

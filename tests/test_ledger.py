@@ -73,6 +73,9 @@ def test_a_page_that_answers_by_its_rule_and_says_so_may_be_published(asked):
     ({"positive_verdict": "supported"}, "It is {glue:text}`positive_verdict`.",
      "does not answer 'positive' of book/claims.yml: no cell glues 'positive'"),
     (answer(low=2.5), "It is {glue:text}`positive_verdict`.", "the interval [2.5, 3.0] does not hold the estimate 2.0"),
+    (answer(), "It is {glue:text}`positive`, ``{glue:text}`positive_verdict` ``.\n% {glue:text}`positive_verdict`\n",
+     "no sentence says how 'positive' came out"),
+    (answer(), "So it is refuted, see {glue:text}`positive_verdict`.", "refuted is typed by hand"),
     (answer(), "It is {glue:text}`positive_verdict`, that is: *supported*.",
      "group/first, cell 3 (It is {glue:text}`positive_verdict`, that is: *supported*.): *supported* is typed by hand"),
 ])
@@ -87,6 +90,8 @@ def test_a_page_that_says_otherwise_is_not_published(asked, glued, sentence, tol
     ("It is *supported*.", ["*supported*"]), ("**Refuted**: no.", ["**Refuted**"]), ("_undecided_ so far", ["_undecided_"]),
     ("That is *not supported at all*, we\nsay", ["*not supported at all*"]), ("***supported***", ["***supported***"]),
     ("It is *{glue:text}`a_verdict`* (because).", []), ("It is `supported` and undecided.", []),
+    ("It is *{glue:text}`a_verdict`* and undecided.", ["undecided"]), ("Refuted is a word.\n\n*{glue:text}`a_verdict`*", []),
+    ("<em>refuted</em> or <b class='x'>not supported</b>", ["<em>refuted</em>", "<b class='x'>not supported</b>"]),
     ("A *well-put* rule supported *it*.", []),
     ("``*supported*`` is markup", []), ("```text\n*supported*\n```", []), ("a_supported_b and 2 * supported * 3", []),
     ("```{solution} x\nIt is *refuted*.\n```", ["*refuted*"]),
@@ -402,18 +407,22 @@ def test_a_page_is_told_as_run_again_only_for_the_run_that_was(monkeypatch, tmp_
 
 
 # What a sweep has left.
-def left(tmp_path, monkeypatch, **changes):
-    """A table of two runs, one of which failed, in a store of its own; `changes` go into its record."""
+def left(tmp_path, monkeypatch, runs="ab", **changes):
+    """A table of two runs, one of which failed, in a store of its own; `changes` go into its record.
+
+    `runs` stand in the sweep today.
+    """
     monkeypatch.setattr("nsm_support.book.table.BUILD", tmp_path)
-    monkeypatch.setattr(swept, "page", lambda name: PAGE)
     monkeypatch.setattr(swept, "sweeps", lambda: {"grow": None, "later": None})
     monkeypatch.setattr(swept, "fingerprint", lambda page, profile, given: {"source": "abc", "parameters": given})
-    monkeypatch.setattr(swept, "read_sweep", lambda name: types.SimpleNamespace(question=f"Does {name}?", measure="mean"))
+    monkeypatch.setattr(swept, "read_sweep", lambda name: types.SimpleNamespace(
+        question=f"Does {name}?", measure="mean", page=PAGE, profile="quick", runs=dict.fromkeys(runs)))
     place = tmp_path / "sweeps" / "grow" / "a"
     place.mkdir(parents=True)
     (place / "run.ipynb").write_text("the notebook")
     record = {"fingerprint": {"source": "abc", "parameters": {"count": 3}, "files": {}},
-              "digest": swept.digest(place / "run.ipynb"), "python": "3.11", "versions": {"torch": "2"}, **changes}
+              "digest": swept.digest(place / "run.ipynb"), "seconds": 2.0, "date": "d", "python": "3.11",
+              "versions": {"torch": "2"}, **changes}
     (place / "results.json").write_text(json.dumps([record]))
     facts = {"seconds": [2.0, None], "peak_memory_mb": [9.0, None], "device": ["cpu", None], "commit": ["abc", None],
              "date": ["d", None]}
@@ -450,6 +459,21 @@ def test_a_run_of_an_earlier_page_is_told_and_a_damaged_notebook_not_linked(tmp_
     assert not swept.read_all()[0].rows[0].whole
     (place / "results.json").unlink()
     assert not swept.read_all()[0].rows[0].whole and swept.read_all()[0].rows[0].versions == {}
+
+
+def test_a_table_is_not_told_beside_the_notebooks_of_a_sweep_that_was_begun_again(tmp_path, monkeypatch):
+    place = left(tmp_path, monkeypatch, seconds=3.0)
+    (done, _) = swept.read_all()[0].rows
+    assert not done.today and not done.whole and done.values == {"mean": 2.0}
+    assert (place / "run.ipynb").exists()
+
+
+def test_only_runs_that_stand_in_the_sweep_today_are_shown(tmp_path, monkeypatch):
+    left(tmp_path, monkeypatch, runs="acd")
+    (found,) = swept.read_all()
+    assert [row.id for row in found.rows] == ["a"] and found.missing == 2
+    left(tmp_path / "other", monkeypatch, runs="cd")
+    assert swept.read_all() == []
 
 
 def test_a_table_that_is_not_whole_is_refused_by_name(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from nsm_support.book.fingerprint import sealed
+from tests.browser import browser, chromium, served
 
 pytestmark = pytest.mark.kernel
 
@@ -115,6 +116,43 @@ def test_a_sweep_is_drawn_with_links_to_its_notebooks(copy):
         there = site / "results" / link
         original = copy.folder / "_build/sweeps/grow" / there.stem / "run.ipynb"
         assert there.read_bytes() == original.read_bytes() and link in (site / "results/runs.html").read_text()
+
+
+def test_a_drawn_sweep_is_used_in_a_browser(copy):
+    """A point of one run opens its notebook, a point of several their first line in the table; axe finds no fault."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    chromium()
+    (copy.folder / "book/sweeps").mkdir()
+    (copy.folder / "book/sweeps/grow.yml").write_text(
+        "page: group/first\nprofile: quick\nrows: [{count: 3, seed: 0}, {count: 3, seed: 1}, {count: 5, seed: 0}]\n")
+    for words in (("build",), ("sweep", "grow"), ("build",)):
+        code, output = copy.book(*words)
+        assert code == 0, output
+    with served(copy.folder / "_build/html") as address, browser() as running:
+        page = running.new_page(viewport={"width": 1200, "height": 900}, reduced_motion="reduce")
+
+        def click(which: int) -> None:
+            page.goto(address + "results/compare.html", wait_until="load")
+            points = page.locator("#fig-sweep-1-lines .nsm-live .points path")
+            points.first.wait_for()
+            points.nth(which).scroll_into_view_if_needed()
+            box = points.nth(which).bounding_box()
+            middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            page.mouse.move(middle[0] - 3, middle[1])
+            page.mouse.move(*middle)
+            page.wait_for_selector("#fig-sweep-1-lines .hoverlayer text")
+            page.mouse.click(*middle)
+
+        click(0)
+        page.wait_for_url("**/results/compare.html#grow-*")
+        assert page.locator(f"[id='{page.url.partition('#')[2]}']").is_visible()
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa"]})
+        assert found.violations_count == 0, found.generate_report()
+        page.locator("summary", has_text="Means and intervals of 2 settings").click()
+        assert "2.5, −3.85 to 8.85" in page.locator("tr", has=page.locator("th", has_text=re.compile("^3$"))).inner_text()
+        with page.expect_request(re.compile(r"/sweeps/grow/\w+\.ipynb$")):
+            click(1)
 
 
 def test_links_to_executed_pages_lead_to_them(built):
@@ -392,6 +430,42 @@ def test_a_damaged_product_is_made_again(copy):
     assert "its product numbers.txt is not what it made" in copy.book("why", "group/first")[1]
     assert copy.book("build")[0] == 0
     assert product.read_text() == whole and copy.run("group/second").read_bytes() == second
+
+
+def test_a_product_of_an_earlier_run_does_not_stand_for_one_that_a_run_did_not_make(copy):
+    product = copy.folder / "_build/products/quick/numbers.txt"
+    first, made = copy.run("group/first").read_bytes(), product.read_bytes()
+    copy.edit("book/group/first.md", 'write_product("numbers.txt").write_text(', "print(")
+    code, output = copy.book("build")
+    assert code == 1 and "group/first: did not make numbers.txt" in output, output
+    assert product.read_bytes() == made
+    copy.edit("book/group/first.md", "print(", 'write_product("numbers.txt").write_text(')
+    code, output = copy.book("build")
+    assert code == 0 and "to run" not in output and copy.run("group/first").read_bytes() == first
+
+
+def test_a_run_that_fails_leaves_the_products_as_they_were(copy):
+    product = copy.folder / "_build/products/quick/numbers.txt"
+    made = product.read_bytes()
+    copy.edit("book/group/first.md", "numbers[:3]))\n", "numbers[1:3]))\n1 / 0\n")
+    code, output = copy.book("build")
+    assert code == 1 and "ZeroDivisionError" in output and product.read_bytes() == made
+    copy.edit("book/group/first.md", "numbers[1:3]))\n1 / 0\n", "numbers[1:3]))\n")
+    assert copy.book("build")[0] == 0 and product.read_bytes() != made
+
+
+def test_a_run_takes_no_product_that_its_page_would_not_make_today(copy, tmp_path):
+    words = ("run", "group/second", "--profile", "quick", "-p", "power", "3", "-o", str(tmp_path / "out"))
+    product = copy.folder / "_build/products/quick/numbers.txt"
+    made = product.read_text()
+    product.write_text(made.replace("1.0", "7.0"))
+    code, output = copy.book(*words)
+    assert code == 1 and ("group/second: needs numbers.txt, and group/first has to run for that: its product numbers.txt is not "
+                          "what it made. First: make book PROFILE=quick") in output, output
+    product.write_text(made)
+    copy.edit("book/group/first.md", "numbers = [scale", "numbers = [2 * scale")
+    code, output = copy.book(*words)
+    assert code == 1 and "its source book/group/first.md changed" in output and not (tmp_path / "out").exists(), output
 
 
 def test_verify_refuses_a_site_that_is_old_or_not_whole(copy):

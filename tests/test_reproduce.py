@@ -65,6 +65,7 @@ def test_every_command_of_the_page_does_what_the_page_says(tmp_path, request):
     assert "gap_zero" in told[block("nsm-book diff")]
     first, grown = block("cat > book/sweeps"), block("timeout --signal KILL")
     assert "4 of 4 runs to do" in told[first] and "2 of 6 runs to do" in told[grown]
+    assert told[grown].count("sweep mine: 6 runs, all done") == 1  # the first of two commands was cut short
     assert len(runs[first]) == 4 and len(runs[grown]) == 6 and runs[first].items() <= runs[grown].items()
     table = pandas.read_parquet(folder / "_build/sweeps/mine.parquet")
     assert list(table.status) == ["done"] * 6 and set(table["parameters.num_states"]) == {4, 8, 16}

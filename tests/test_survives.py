@@ -305,6 +305,24 @@ def test_dates_decide_nothing(book):
     assert runs(book) == before and site(book) == published
 
 
+def test_a_clock_that_jumps_forth_and_back_every_second_costs_nothing(book):
+    clock = book.folder / "sitecustomize.py"
+    clock.write_text("import time\nreal = time.time\ntime.time = lambda: real() + 400 * 86400 * (int(real()) % 2)\n")
+    before = runs(book)
+    book.edit("book/group/first.md", "It draws numbers", "It still draws numbers")
+    (book.folder / "book/sweeps/x.yml").write_text(SWEEP)
+    for words, told in ((("build",), "1 of 2 pages to run"), (("sweep", "x", "--jobs", "2"), "runs, all done")):
+        code, output = book.book(*words)
+        assert code == 0 and told in output and "Traceback" not in output, output
+    after = runs(book)
+    assert "group/first.ipynb" in changed(before, after) and "group/second.ipynb" not in changed(before, after)
+    clock.unlink()
+    for words in (("build",), ("sweep", "x"), ("build",)):
+        code, output = book.book(*words)
+        assert code == 0 and "to run" not in output and "to do" not in output, output
+    assert runs(book) == after
+
+
 def test_a_change_that_no_date_shows_is_seen(book):
     module = book.folder / "nsm_support/metrics.py"
     product = book.folder / "_build/products/quick/numbers.txt"

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import pandas
 import pytest
 from rich.console import Console
 
-from nsm_support.book import BookError, build, pages, sweep, table
+from nsm_support.book import BookError, build, fingerprint, gate, pages, sweep, table
 from nsm_support.book.pages import Page
 from tests.conftest import Checkout
 
@@ -109,6 +110,11 @@ def test_two_tables_of_one_name_and_a_missing_one_are_refused(small):
         table.read_sweep("../x")
 
 
+def test_a_sweep_cannot_have_the_name_of_a_profile(small):
+    with pytest.raises(BookError, match=r"book/sweeps: 'quick.yml': a sweep's name accepts letters, .* and is no profile's"):
+        small("quick.yml", FIRST)
+
+
 def test_a_hundred_thousand_runs_are_checked_in_seconds(small):
     began = time.perf_counter()
     text = "page,count,seed\n" + "".join(f"group/first,3,{seed}\n" for seed in range(100_000))
@@ -140,7 +146,7 @@ def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypat
 def test_a_measure_that_no_run_has_is_told_at_the_end(small, monkeypatch, tmp_path):
     for module in (table, sweep, build):
         monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
-    monkeypatch.setattr(sweep, "stale_makers", lambda found: [])
+    monkeypatch.setattr(sweep, "stale_makers", lambda page, profile: [])
     monkeypatch.setattr(sweep, "finished", lambda found: {id: {"values": {"mean": {"value": 2.0}}} for id in found.runs})
     small("x.yml", FIRST + "measure: mean\ngrid: {count: [3, 4]}\n")
     assert "2 runs, all done" in sweep.run("x", 2, None, Console())
@@ -163,6 +169,46 @@ def test_many_failures_are_counted_and_what_began_comes_last(small, monkeypatch,
     assert str(told.value).count("it did not end") == 10 and "and 30 more" in str(told.value)
     planned = [run["id"] for step in sweep.read_plan("x")["steps"].values() for run in step]
     assert planned == [run for run in runs if run not in (runs[0], runs[7])] + [runs[0], runs[7]]
+
+
+@pytest.mark.parametrize("code", [1, -9])
+def test_a_sweep_of_which_no_run_began_or_that_was_killed_leaves_its_table(small, monkeypatch, tmp_path, code):
+    for module in (table, sweep, build):
+        monkeypatch.setattr(module, "BUILD", tmp_path)
+    small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
+    table.folder("x").mkdir(parents=True)
+    table.folder("x").with_name("x.parquet").write_text("of all runs")
+
+    def snakemake(*words, log, **others):
+        log.parent.mkdir(exist_ok=True)
+        log.write_text("there is no such executor")
+        return code
+
+    monkeypatch.setattr(sweep, "finished", lambda found: {})
+    monkeypatch.setattr(build, "snakemake", snakemake)
+    with pytest.raises(BookError, match="sweep x: its table was left as it was") as told:
+        sweep.run("x", 2, None, Console())
+    assert ("there is no such executor" if code > 0 else "Snakemake was killed by signal 9") in str(told.value)
+    assert table.folder("x").with_name("x.parquet").read_text() == "of all runs"
+
+
+def test_what_a_node_wrote_is_waited_for_though_another_run_failed(small, monkeypatch, tmp_path):
+    for module in (table, sweep, build):
+        monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
+    found = small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
+    fine, bad = found.runs
+    looks = [{}, {}, {}, {fine: {"seconds": 1.0, "values": {}}}]
+
+    def snakemake(*words, **others):
+        build.note_state("full", f"group/first {fine}", "done")
+        build.note_state("full", f"group/first {bad}", "failed", "unlucky")
+        return 1
+
+    monkeypatch.setattr(sweep, "finished", lambda found: looks.pop(0))
+    monkeypatch.setattr(build, "snakemake", snakemake)
+    with pytest.raises(BookError, match="unlucky\n\nsweep x: 1 of 2 runs failed"):
+        sweep.run("x", 2, tmp_path, Console())
+    assert not looks
 
 
 def test_what_a_node_wrote_may_be_seen_late(small, monkeypatch, tmp_path):
@@ -206,12 +252,13 @@ def test_the_time_left_learns_from_the_runs_that_ended(monkeypatch):
     entry = Page(name="a", budget={"quick": 1, "full": 1}, memory=1)
     monkeypatch.setattr(build, "pages", lambda: {"a": entry})
     expected = {"a 1": 100.0, "a 2": 100.0, "a 3": 100.0, "a 4": 100.0}
-    assert build.seconds_left(expected, {}, 2) == (0.0, 200.0)
+    assert build.seconds_left(expected, {}, 2) == (0.0, 400.0)
     ended = {"a 1": {"state": "done", "seconds": 4.0}, "a 2": {"state": "failed", "seconds": 0.0}}
-    assert build.seconds_left(expected, ended, 2) == (0.5, 4.0)
+    assert build.seconds_left(expected, ended, 2) == (0.5, 8.0)
     running = ended | {"a 3": {"state": "running", "at": time.time() - 1}}
     share, left = build.seconds_left(expected, running, 2)
-    assert share == pytest.approx(9 / 16, abs=0.01) and left == pytest.approx(3.5, abs=0.1)
+    assert share == pytest.approx(9 / 16, abs=0.01) and left == pytest.approx(7, abs=0.2)
+    assert build.seconds_left(expected, running, 2, runs_at_once=4)[1] == pytest.approx(7 / 4, abs=0.1)
 
 
 def test_pages_that_a_page_needs_are_found_through_others(monkeypatch):
@@ -219,8 +266,8 @@ def test_pages_that_a_page_needs_are_found_through_others(monkeypatch):
         return Page(name=name, budget={}, memory=1, needs=needs, makes=makes)
 
     chain = [made("a", makes=("x",)), made("b", ("x",), ("y",)), made("c", ("y", "x")), made("d", makes=("z",))]
-    monkeypatch.setattr(sweep, "pages", lambda: {page.name: page for page in chain})
-    assert [page.name for page in sweep.makers(chain[2])] == ["a", "b"] and sweep.makers(chain[0]) == []
+    monkeypatch.setattr(fingerprint, "pages", lambda: {page.name: page for page in chain})
+    assert [page.name for page in fingerprint.makers(chain[2])] == ["a", "b"] and fingerprint.makers(chain[0]) == []
 
 
 def test_a_column_holds_one_kind_of_value():
@@ -230,7 +277,9 @@ def test_a_column_holds_one_kind_of_value():
 
 def test_the_books_own_sweeps_and_the_manuals_are_accepted(monkeypatch, tmp_path):
     for name in table.sweeps():
-        assert 1 < len(table.read_sweep(name).runs) < 50
+        found = table.read_sweep(name)
+        assert 1 < len(found.runs) < 50 and found.question
+        assert isinstance(gate.glued(nbformat.read(found.page.run("quick"), 4))[found.measure]["value"], float)
     (tmp_path / "sweeps").mkdir()
     (example,) = re.findall(r"```yaml\n(.*?)```", (pages.BOOK / "reference/reproduce.md").read_text(), re.DOTALL)
     (tmp_path / "sweeps/x.yml").write_text(example)
@@ -424,6 +473,7 @@ def test_a_sweep_runs_as_jobs_of_a_real_slurm(book, slurm):
     assert list(read_table(book, "x")["values.total"]) == [6, 14]
     jobs = subprocess.run(["scontrol", "show", "job", "--oneliner"], capture_output=True, text=True, check=True).stdout
     assert jobs.count("JobState=COMPLETED") == 3  # the page that is needed, and two runs
+    assert jobs.count("TimeLimit=00:02:00") == 3  # a budget of ten seconds, three times, and a minute to begin
     assert jobs.count("MinMemoryNode=500M") == jobs.count("NumCPUs=1 ") == 3
     code, output = book.book("sweep", "x", "--jobs", "4", "--profile-dir", str(book.folder / "profiles/slurm"))
     assert code == 0 and "to do" not in output

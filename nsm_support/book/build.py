@@ -100,10 +100,10 @@ def read_states(profile: str, known: dict[str, dict] | None = None) -> dict[str,
     return found
 
 
-def seconds_left(expected: dict[str, float], states: dict[str, dict], cores: int) -> tuple[float, float]:
+def seconds_left(expected: dict[str, float], states: dict[str, dict], cores: int, runs_at_once: int = 1) -> tuple[float, float]:
     """Which share of the work is done, and how many seconds the rest will take on so many cores.
 
-    A run of a sweep, named `PAGE ID`, is expected to take as long as those of its sweep that have ended.
+    A run of a sweep, named `PAGE ID`, is expected to take as long as those of its sweep that have ended, beside others.
     """
     took = [entry["seconds"] for what, entry in states.items() if " " in what and entry["state"] == "done"]
     mean = sum(took) / len(took) if took else None
@@ -112,12 +112,13 @@ def seconds_left(expected: dict[str, float], states: dict[str, dict], cores: int
     done = rest = 0.0
     for what, seconds in expect.items():
         gone = seconds if what in states and what not in running else min(seconds, running.get(what, 0.0))
-        wide = 1.0 if what == "site" else min(cores, pages()[what.split()[0]].cores) / cores
+        wide = 1.0 if what == "site" else 1 / runs_at_once if " " in what else min(cores, pages()[what].cores) / cores
         done, rest = done + gone, rest + (seconds - gone) * wide
     return done / (sum(expect.values()) or 1.0), rest
 
 
-def watch(process: subprocess.Popen, profile: str, expected: dict[str, float], cores: int, console: Console) -> None:
+def watch(process: subprocess.Popen, profile: str, expected: dict[str, float], cores: int, console: Console,
+          runs_at_once: int) -> None:
     """Show what runs, what is done and how long is left, until the process ends."""
     said, states = set(), {}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
@@ -125,7 +126,7 @@ def watch(process: subprocess.Popen, profile: str, expected: dict[str, float], c
         bar = progress.add_task("book", total=1.0, left="")
         while True:
             ended, states = process.poll() is not None, read_states(profile, states)
-            share, left = seconds_left(expected, states, cores)
+            share, left = seconds_left(expected, states, cores, runs_at_once)
             for what, entry in states.items():
                 if entry["state"] != "running" and what not in said:
                     said.add(what)
@@ -160,7 +161,7 @@ def room() -> list[str]:
 
 
 def snakemake(words: list[str], profile: str, expected: dict[str, float], cores: int, console: Console, *, lock,
-              log: Path) -> int:
+              log: Path, runs_at_once: int = 1) -> int:
     """Let Snakemake bring its targets up to date while a person watches; return its exit code.
 
     The caller's lock stands for Snakemake's own, which a killed build would leave behind. Snakemake's checksums, taken when a
@@ -173,7 +174,7 @@ def snakemake(words: list[str], profile: str, expected: dict[str, float], cores:
     with log.open("w") as out, ended_in_order():
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
         try:
-            watch(process, profile, expected, cores, console)
+            watch(process, profile, expected, cores, console, runs_at_once)
         except BaseException:
             steps = psutil.Process(process.pid).children(recursive=True)
             for sign in (signal.SIGINT, signal.SIGTERM):  # a job that was begun in the background ignores the first

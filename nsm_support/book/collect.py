@@ -71,7 +71,7 @@ def write_table(records: list[dict[str, Any]], target: Path) -> None:
             rows.append({**common, "key": key, "measured": entry["measured"],
                          "value": float(entry["value"]) if number else None, "text": str(entry["value"])})
     with whole(target) as path:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, write_page_checksum=True)
 
 
 def drop_damaged(profile: str) -> None:

@@ -2,8 +2,8 @@
 
 import html
 
-from nsm_support.book.markup import Cell, folded, number, raw, table
-from nsm_support.book.series import Choice, choices, measured, measures, told_apart, value_of, varied
+from nsm_support.book.markup import Cell, folded, raw, table
+from nsm_support.book.series import Choice, choices, measured, measures, point, settings, told, told_apart, value_of, varied
 from nsm_support.book.swept import MOST_RUNS, Row, Swept, read_all
 from nsm_support.book.table import sweeps
 
@@ -25,12 +25,6 @@ def summary(rows: list[Row], first: str | None) -> tuple[list[Choice], list[str]
     return kept, names, len(all_choices) - len(kept)
 
 
-def settings(rows: list[Row]) -> int:
-    """How many different places in the space of their parameters these runs have."""
-    names = varied(rows)
-    return len({tuple(value_of(row, name) for name in names) for row in rows})
-
-
 def sweep_part(swept: Swept, number_of: int) -> list[str]:
     """The section of one sweep."""
     from nsm_support.book import drawings
@@ -39,7 +33,7 @@ def sweep_part(swept: Swept, number_of: int) -> list[str]:
     failed, old = len(swept.rows) - len(rows), sum(not row.today for row in rows)
     asked = [raw(f'<p class="nsm-question">{html.escape(swept.question)}</p>'), ""] if swept.question else []
     lines = [f"## The sweep `{swept.name}`", "", *asked, f"{len(rows)} runs of [](../{swept.page.name}.md), in the {swept.rows[0].profile} profile"
-             + (f"; {failed} failed" if failed else "") + f". `nsm-book sweep {swept.name}` runs what is missing.", ""]
+             + (f"; {failed} failed" if failed else "") + (f"; {swept.missing} not tried yet" if swept.missing else "") + f". `nsm-book sweep {swept.name}` runs what is missing.", ""]
     if swept.large:
         lines += [f"These are more than {MOST_RUNS} runs: they are drawn, and neither listed nor linked. All lie in "
                   f"`_build/sweeps/{swept.name}.parquet`.", ""]
@@ -56,15 +50,27 @@ def sweep_part(swept: Swept, number_of: int) -> list[str]:
         lines += [f"{len(names)} of {len(measures(rows))} measures are drawn; the table has all.", ""]
     for figure in drawings.drawings(swept, rows, kept, names, f"sweep-{number_of}"):
         lines += [raw(figure), ""]
+    if settings(rows) < len(rows):
+        lines += [raw(mean_table(swept, rows, names)), ""]
     return lines if swept.large else [*lines, raw(run_table(swept, names)), ""]
 
 
+def mean_table(swept: Swept, rows: list[Row], names: list[str]) -> str:
+    """Every setting, with mean and interval of every measure over the runs that differ by their seed alone."""
+    given, places = varied(rows), {}
+    for row in rows:
+        places.setdefault(tuple(value_of(row, name) for name in given), []).append(row)
+    body = [[*place, str(len(there)), *(told(point(there, name)) for name in names)] for place, there in places.items()]
+    label = f"Settings of the sweep {swept.name}, with mean and interval of every measure"
+    return folded(f"Means and intervals of {len(body)} settings as a table", table([*given, "runs", *names], body, label))
+
+
 def run_table(swept: Swept, names: list[str]) -> str:
-    """Every run, with every measure."""
+    """Every run, with every measure and the interval that the run itself reports."""
     given, rows = told_apart(swept.rows), []
     for row in swept.rows:
         rows.append([Cell(row.id, swept.notebook(row), swept.place(row)), row.status, *(value_of(row, name) for name in given),
-                     *(number(measured(row, name)) for name in names)])
+                     *(told(point([row], name)) for name in names)])
     head = ["executed notebook", "status", *given, *names]
     return folded(f"All {len(rows)} runs as a table", table(head, rows, f"Runs of the sweep {swept.name}, with every measure"))
 

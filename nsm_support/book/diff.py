@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nsm_support.book import BookError
+from nsm_support.book.fingerprint import checksum
 from nsm_support.book.pages import BUILD, PROFILES, unknown
 from nsm_support.book.table import sweeps
 
@@ -47,13 +49,15 @@ class Verdict(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What differs: beyond its interval (most first), verdicts, what one store alone has, all else; and how much is equal."""
+    """What differs: beyond its interval (most first), verdicts, what one store alone has, all else, parameters of runs that
+    meet (run, name, first, second); and how much is equal."""
 
     beyond: list[Value]
     verdicts: list[Verdict]
     only_first: list[str]
     only_second: list[str]
     other: list[Value]
+    parameters: list[tuple[str, str, Any, Any]]
     equal: int
 
     @property
@@ -68,6 +72,9 @@ def find(given: str) -> list[Path]:
     Raises:
         BookError: saying what is accepted, or how to make what is missing.
     """
+    path = Path(given)
+    if path.suffix in (".json", ".parquet") and path.is_file():
+        return [path]
     if given in PROFILES:
         path = BUILD / "results" / given / "results.json"
         if not path.exists():
@@ -78,7 +85,6 @@ def find(given: str) -> list[Path]:
         if not path.exists():
             raise BookError(f"diff: the sweep {given} has no table yet: nsm-book sweep {given}")
         return [path]
-    path = Path(given)
     if path.is_dir():
         own = path / "results.json"
         found = [own] if own.exists() else sorted(
@@ -88,15 +94,17 @@ def find(given: str) -> list[Path]:
         return found
     if not path.exists():
         raise BookError(f"diff: {unknown('store', given, [*PROFILES, *sweeps()])}, or {ACCEPTED}")
-    if path.suffix not in (".json", ".parquet"):
-        raise BookError(f"diff: {path} is neither .json nor .parquet; accepted: {ACCEPTED}")
-    return [path]
+    raise BookError(f"diff: {path} is neither .json nor .parquet; accepted: {ACCEPTED}")
 
 
 def read_json(path: Path) -> list[Run]:
     try:
+        runs = json.loads(path.read_text())
+        for run in runs:
+            if "checksum" in run and run["checksum"] != checksum(run):
+                raise ValueError(f"the record of {run['page']} is not as it was written")
         return [Run(run["page"], dict(run["all_parameters"]), {key: entry["value"] for key, entry in run["values"].items()})
-                for run in json.loads(path.read_text())]
+                for run in runs]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BookError(f"diff: {path} is no results.json of this book, or not whole: {type(error).__name__} {error}") from None
 
@@ -107,7 +115,7 @@ def read_parquet(path: Path) -> list[Run]:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        rows = pyarrow.parquet.read_table(path, page_checksum_verification=True).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise BookError(f"diff: {path} is no whole Parquet file: {' '.join(str(error).split())[:200]}") from None
     if rows and {"run", "page", "status"} <= rows[0].keys():
@@ -161,7 +169,7 @@ def named(stores: tuple[list[Run], list[Run]]) -> list[dict[str, Run]]:
     return found
 
 
-def _differing(parameters: list[dict[str, Any]]) -> list[str]:
+def _differing(parameters: Sequence[dict[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for given in parameters for name in given)
     return [name for name in names if len({repr(given.get(name)) for given in parameters}) > 1]
 
@@ -192,9 +200,11 @@ def compare(first: list[Run], second: list[Run]) -> Comparison:
         BookError: as `named`.
     """
     one, other = named((first, second))
-    values, verdicts, equal = [], [], 0
+    values, verdicts, parameters, equal = [], [], [], 0
     for name in [name for name in one if name in other]:
         a, b = one[name].values, other[name].values
+        given = one[name].parameters, other[name].parameters
+        parameters += [(name, key, given[0].get(key), given[1].get(key)) for key in _differing(given)]
         for key in [key for key in a if key in b]:
             if key.endswith("_verdict"):
                 claim = key.removesuffix("_verdict")
@@ -202,7 +212,7 @@ def compare(first: list[Run], second: list[Run]) -> Comparison:
                     why = [str(values.get(f"{claim}_reason", "")) for values in (a, b)]
                     verdicts.append(Verdict(name, claim, str(a[key]), str(b[key]), *why))
                 continue
-            if any(key.endswith(end) and key.removesuffix(end) in a for end in FOLLOWS):
+            if _told_with_another(key, a, b):
                 continue
             span, other_span = interval(a, key), interval(b, key)
             if a[key] == b[key] and span == other_span:
@@ -211,7 +221,17 @@ def compare(first: list[Run], second: list[Run]) -> Comparison:
                 values.append(Value(name, key, a[key], b[key], span, other_span, moved(b[key], span)))
     values.sort(key=lambda value: -value.moved)
     return Comparison([value for value in values if value.moved], verdicts, _only(one, other), _only(other, one),
-                      [value for value in values if not value.moved], equal)
+                      [value for value in values if not value.moved], parameters, equal)
+
+
+def _told_with_another(key: str, a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether a value needs no line of its own: an end of an interval, the reason of a verdict, an n that stayed."""
+    base, _, part = key.rpartition("_")
+    if part in ("low", "high"):
+        return base in a and base in b and interval(a, base) is not None and interval(b, base) is not None
+    if part == "reason":
+        return f"{base}_verdict" in a and f"{base}_verdict" in b
+    return part == "n" and base in a and a[key] == b[key]
 
 
 def _only(here: dict[str, Run], there: dict[str, Run]) -> list[str]:
@@ -257,6 +277,7 @@ def show(found: Comparison, first: str, second: str, console: Console) -> None:
     table(f"Only in A: {first}", ["run or value"], [[name] for name in found.only_first])
     table(f"Only in B: {second}", ["run or value"], [[name] for name in found.only_second])
     table("Changed within the interval of A, or without one", ["run", "value", "A", "B", ""], values(found.other))
+    table("Parameters that differ", ["run", "parameter", "A", "B"], [[run, name, repr(a), repr(b)] for run, name, a, b in found.parameters])
     console.print(Text(f"{len(found.beyond)} values beyond their interval, {len(found.verdicts)} verdicts changed, "
                        f"{len(found.other)} other values changed, {found.equal} equal; {len(found.only_first)} only in A, "
                        f"{len(found.only_second)} only in B"))

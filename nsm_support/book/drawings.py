@@ -4,7 +4,7 @@ import html
 from typing import Any
 
 from nsm_support.book.markup import number
-from nsm_support.book.series import Choice, Point, in_order, points
+from nsm_support.book.series import Choice, Point, in_order, points, settings, told
 from nsm_support.book.swept import Row, Swept
 from nsm_support.figures import PALETTE
 
@@ -27,12 +27,6 @@ def link(swept: Swept, point: Point) -> str | None:
         return None
     notebook = swept.notebook(point.rows[0]) if len(point.rows) == 1 else None
     return notebook or f"#{swept.place(point.rows[0])}"
-
-
-def told(point: Point) -> str:
-    """A point in words."""
-    interval = "" if point.low is None or point.high is None else f", {number(point.low)} to {number(point.high)}"
-    return f"{number(point.mean)}{interval} (n = {len(point.rows)})"
 
 
 def style(index: int) -> dict[str, str]:
@@ -75,7 +69,7 @@ def line_frame(swept: Swept, rows: list[Row], choice: Choice, measure: str, most
             "x": [x for x, _ in line], "y": [p.mean for _, p in line], "visible": bool(line), "name": name,
             "error_y": {"type": "data", "symmetric": False, "array": [up for up, _ in spans],
                         "arrayminus": [down for _, down in spans]},
-            "customdata": [link(swept, p) for _, p in line], "text": [told(p) for _, p in line],
+            "customdata": [link(swept, p) for _, p in line], "text": [f"{told(p)} (n = {len(p.rows)})" for _, p in line],
             "hovertext": [safe(x) for x in along if (value, x) in found],
             "hovertemplate": f"{safe(choice.along)} = %{{hovertext}}<br>{safe(measure)}: %{{text}}<extra>{name}</extra>"})
     traces += [{"x": [], "y": [], "visible": False}] * (most - len(traces))
@@ -157,9 +151,8 @@ def drawings(swept: Swept, rows: list[Row], kept: list[Choice], names: list[str]
     for look in map(style, range(most)):
         base.append(go.Scatter(mode="lines+markers", line={key: look[key] for key in ("color", "dash")},
                                marker={"symbol": look["symbol"], "size": 9}, error_y={"color": look["color"]}))
-    seeds = sum(len(point.rows) > 1 for point in points(rows, kept[0], names[0]).values())
-    spans = ("Student's 95 % interval over runs that differ by their seed alone" if seeds
-             else "the 95 % interval that the run itself reports over its seeds, where it does")
+    spans = (("Student's 95 % interval over runs that differ by their seed alone; of a single run, " if len(rows) > settings(rows)
+              else "") + "the 95 % interval that the run itself reports, where it does")
     about = f"{len(rows)} runs of {swept.page.name}"
     with matplotlib.rc_context():
         setup_style()

@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from nsm_support.book import BookError, gate
-from nsm_support.book.fingerprint import differences, digest, fingerprint, module_file, product, record, sealed, set_aside
+from nsm_support.book.fingerprint import (
+    differences,
+    digest,
+    fingerprint,
+    module_file,
+    product,
+    record,
+    sealed,
+    set_aside,
+    stale_makers,
+)
 from nsm_support.book.markup import plain
 from nsm_support.book.pages import BUILD, Page, check, pages, parameters, profile_parameters, read
 from nsm_support.results import ROOT
@@ -118,16 +128,13 @@ def run_page(
 
     Args:
         given: what differs from the page's own defaults, already checked.
-        needs, makes: the stores of products, to read from and to write to.
+        needs, makes: the stores of products, to read from and to write to. What the page makes gets there with the target.
         publish: whether the page's prose will be read, so that every number in it has to be there.
 
     Raises:
         BookError: if the run does not pass the gate. What it left lies beside the target as `NAME.failed.ipynb`;
-            the target is as it was.
+            the target and the products are as they were.
     """
-    os.environ.update(environment(needs, makes))
-    with contextlib.suppress(OSError):  # a checkout that is not to be written; then IPython takes a folder of its own
-        Path(os.environ["IPYTHONDIR"]).mkdir(parents=True, exist_ok=True)
     import jupytext
     import nbformat
     import papermill
@@ -148,7 +155,10 @@ def run_page(
     began = time.perf_counter()
     with (tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder,
           tempfile.TemporaryDirectory(prefix="nsm-", dir=SOCKETS if len(tempfile.gettempdir()) > 60 else None) as sockets):
-        source, output = Path(folder, "source.ipynb"), Path(folder, "run.ipynb")
+        source, output, made = Path(folder, "source.ipynb"), Path(folder, "run.ipynb"), Path(folder, "makes")
+        os.environ.update(environment(needs, made))
+        with contextlib.suppress(OSError):  # a checkout that is not to be written; then IPython takes a folder of its own
+            Path(os.environ["IPYTHONDIR"]).mkdir(parents=True, exist_ok=True)
         notebook = read(page)
         notebook.metadata.pop("jupytext", None)
         jupytext.write(notebook, source)
@@ -177,7 +187,7 @@ def run_page(
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
             "reproduce": reproduce_line(page, profile, given),
-            "made": {name: digest(makes / name) for name in page.makes},
+            "made": {name: digest(made / name) for name in page.makes},
         }
         notebook.cells.append(nbformat.v4.new_markdown_cell(run_box(run), id="this-run"))
         for number, cell in enumerate(notebook.cells[:-1], start=1):
@@ -187,9 +197,12 @@ def run_page(
         gate.mark_for_comparison(notebook)
         problems = died + gate.problems(notebook, page, prose=publish)
         if not problems:
-            problems = [f"{page.name}: did not make {name}" for name in page.makes if not (makes / name).exists()]
+            problems = [f"{page.name}: did not make {name}" for name in page.makes if not (made / name).exists()]
         written = sealed(json.loads(nbformat.writes(notebook)))
         output.write_text(json.dumps(written, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+        for name in page.makes if not problems else ():
+            (makes / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made / name, makes / name)
         os.replace(output, failed if problems else target)
     if problems:
         raise BookError("\n\n".join([*problems, f"what the run left: {failed}"]))
@@ -226,8 +239,14 @@ def rerun(page: Page, given: dict[str, Any], profile: str, folder: Path) -> Path
 
     The folder holds the executed notebook `run.ipynb`, its record `results.json` and the products it made.
     A folder whose run is today's is left as it is.
+
+    Raises:
+        BookError: as `run_page`, or if what the page needs of other pages is not what these would make today.
     """
     checked = check(page, given)
+    for maker in stale_makers(page, profile):
+        raise BookError(f"{page.name}: needs {', '.join(page.needs)}, and {maker.name} has to run for that: "
+                        f"{differences(maker, profile)[0]}. First: make book PROFILE={profile}")
     merged = profile_parameters(page, profile) | checked
     name = slug(checked) if profile == "full" else f"{profile},{slug(checked)}"
     place = folder.resolve() / page.name.replace("/", "-") / name

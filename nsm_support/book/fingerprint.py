@@ -178,6 +178,24 @@ def stale_pages(profile: str) -> list[Page]:
     return [page for page in pages().values() if page in first or differences(page, profile, remade)]
 
 
+def makers(page: Page) -> list[Page]:
+    """The pages that have to run before this one, in the order of `book/pages.yml`."""
+    waiting, found = list(page.needs), set()
+    while waiting:
+        product = waiting.pop()
+        maker = next(other for other in pages().values() if product in other.makes)
+        if maker.name not in found:
+            found.add(maker.name)
+            waiting += maker.needs
+    return [other for other in pages().values() if other.name in found]
+
+
+def stale_makers(page: Page, profile: str) -> list[Page]:
+    """The pages that this one takes files from, and that have to run again."""
+    stale = stale_pages(profile) if page.needs else []
+    return [maker for maker in makers(page) if maker in stale]
+
+
 def set_aside_stale(profile: str) -> None:
     """Take the runs whose fingerprint is not today's out of the way, so that they are run again.
 

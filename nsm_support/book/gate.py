@@ -14,7 +14,10 @@ PLOTLY = "application/vnd.plotly.v1+json"
 CODE = re.compile(r"^(`{3,})(?!\{).*?^\1|(?<!`)(`{1,2})(?!`).+?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE)
 WORDS = r"(?:[^*_]{0,80}?[^\w*_])?(?:supported|refuted|undecided)(?:[^\w*_][^*_]{0,80}?)?"
 TYPED = re.compile(rf"(?<![\w*])\*{{1,3}}(?=[^\s*]){WORDS}(?<=[^\s*])\*{{1,3}}(?![\w*])"
-                   rf"|(?<!\w)_{{1,2}}(?=[^\s_]){WORDS}(?<=[^\s_])_{{1,2}}(?!\w)", re.IGNORECASE)
+                   rf"|(?<!\w)_{{1,2}}(?=[^\s_]){WORDS}(?<=[^\s_])_{{1,2}}(?!\w)"
+                   rf"|<(?:em|strong|i|b)\b[^>]*>{WORDS.replace('[^*_]', '[^<>]')}</\w+>", re.IGNORECASE)
+PLAIN = re.compile(r"\b(?:supported|refuted|undecided)\b", re.IGNORECASE)
+UNREAD = re.compile(r"^(`{3,})(?!\{).*?^\1|(?<!`)``(?!`).+?(?<!`)``(?!`)|^%.*?$", re.DOTALL | re.MULTILINE)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 KINDS = ("text/plain", "text/html", GLUE_MIME, PLOTLY, "image/png", "image/jpeg", "image/svg+xml")
 # HTML in which every < begins a tag or a comment that is read here as a browser reads it: it can hide none.
@@ -82,8 +85,12 @@ def active(text: str) -> str | None:
 
 
 def typed_verdicts(cell: nbformat.NotebookNode) -> list[str]:
-    """Verdicts that a hand wrote into a sentence, emphasised as only those of a run are."""
-    return TYPED.findall(CODE.sub("", cell.source)) if cell.cell_type == "markdown" else []
+    """Verdicts that a hand wrote: emphasised as only those of a run are, or plain in a paragraph that has one of a run."""
+    if cell.cell_type != "markdown":
+        return []
+    told = [paragraph for paragraph in re.split(r"\n\s*\n", cell.source) if "_verdict" in " ".join(GLUE_ROLE.findall(paragraph))]
+    return [*TYPED.findall(CODE.sub("", cell.source)),
+            *(word for paragraph in told for word in PLAIN.findall(TYPED.sub("", CODE.sub("", paragraph))))]
 
 
 def storable(value: object) -> bool:
@@ -111,9 +118,9 @@ def problems(notebook: nbformat.NotebookNode, page: Page, prose: bool = True) ->
         found = [f"{where[id(cell)]}: no cell glues {key!r}" for cell in cells if cell.cell_type == "markdown"
                  for key in GLUE_ROLE.findall(cell.source) if key not in keys]
         found += [f"{where[id(cell)]}: {word} is typed by hand: a verdict accepts *{{glue:text}}`ID_verdict`*, and a word that "
-                  "is only spoken of no emphasis" for cell in cells for word in typed_verdicts(cell)]
+                  "is only spoken of neither emphasis nor a verdict in its paragraph" for cell in cells for word in typed_verdicts(cell)]
     if prose and not found:
-        said = {key for cell in cells if cell.cell_type == "markdown" for key in GLUE_ROLE.findall(cell.source)}
+        said = {key for cell in cells if cell.cell_type == "markdown" for key in GLUE_ROLE.findall(UNREAD.sub("", cell.source))}
         found = claims.unanswered(page.name, keys, said)
     if notebook.metadata.get("papermill", {}).get("exception") and not found:
         found.append(f"{page.name}: papermill reports an exception that no cell shows")

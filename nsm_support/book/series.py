@@ -5,6 +5,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from nsm_support.book.markup import number
 from nsm_support.book.swept import Row
 
 SEEDS = ("seed", "seeds")
@@ -60,6 +61,12 @@ def told_apart(rows: list[Row]) -> list[str]:
     return names + [name for name in SEEDS if name in rows[0].parameters and name not in names]
 
 
+def settings(rows: list[Row]) -> int:
+    """How many different places in the space of their parameters these runs have."""
+    names = varied(rows)
+    return len({tuple(value_of(row, name) for name in names) for row in rows})
+
+
 def choices(rows: list[Row]) -> list[Choice]:
     """Each ordered pair of varied parameters, at each setting of the others; those with the most runs first."""
     names = varied(rows)
@@ -103,6 +110,14 @@ def point(rows: list[Row], measure: str) -> Point | None:
     mean, low, high = known[0][1], measured(there[0], f"{measure}_low"), measured(there[0], f"{measure}_high")
     has_interval = low is not None and high is not None and low <= mean <= high
     return Point(mean, low if has_interval else None, high if has_interval else None, there)
+
+
+def told(one: Point | None) -> str:
+    """A point in words: its mean, and its interval if there is one."""
+    if one is None:
+        return number(None)
+    interval = "" if one.low is None or one.high is None else f", {number(one.low)} to {number(one.high)}"
+    return f"{number(one.mean)}{interval}"
 
 
 def points(rows: list[Row], choice: Choice, measure: str) -> dict[tuple[str, str], Point]:

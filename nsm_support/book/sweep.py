@@ -15,8 +15,8 @@ from rich.console import Console
 
 from nsm_support.book import BookError, build, collect
 from nsm_support.book.execute import run_into
-from nsm_support.book.fingerprint import checksum, digest, files, fingerprint, stale_pages
-from nsm_support.book.pages import BUILD, Page, check, page, pages, unknown
+from nsm_support.book.fingerprint import checksum, digest, files, fingerprint, stale_makers
+from nsm_support.book.pages import BUILD, check, page, unknown
 from nsm_support.book.series import COSTS
 from nsm_support.book.table import FACTS, Run, Sweep, folder, read_sweep
 
@@ -25,18 +25,6 @@ SHORT = 3.0  # seconds: a run that takes less waits for much of them, for its ke
 TOLD = 10  # failed runs that are told with their reasons; all the others are counted
 SEEN_LATE = 60.0  # seconds that a file which a node of a cluster wrote may take to be seen here
 ROUNDS = 8  # steps for each job, unless they would be too short: so that all jobs end at about the same time
-
-
-def makers(entry: Page) -> list[Page]:
-    """The pages that have to run before this one, in the order of `book/pages.yml`."""
-    waiting, found = list(entry.needs), set()
-    while waiting:
-        product = waiting.pop()
-        maker = next(other for other in pages().values() if product in other.makes)
-        if maker.name not in found:
-            found.add(maker.name)
-            waiting += maker.needs
-    return [other for other in pages().values() if other.name in found]
 
 
 def finished(sweep: Sweep) -> dict[str, dict[str, Any]]:
@@ -56,8 +44,8 @@ def finished(sweep: Sweep) -> dict[str, dict[str, Any]]:
     return found
 
 
-def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> None:
-    """Write down what Snakemake has to do: steps of a few runs each, of that many seconds a run."""
+def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> dict[str, Any]:
+    """Write down what Snakemake has to do: steps of a few runs each, of that many seconds a run; and return it."""
     least, most = (int(limit / max(seconds, 1e-3)) for limit in STEP_SECONDS)
     size = max(1, min(most, -(-len(todo) // jobs), max(least, len(todo) // (ROUNDS * jobs))))
     slices = [todo[start:start + size] for start in range(0, len(todo), size)]
@@ -66,6 +54,7 @@ def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> None
     shutil.rmtree(sweep.folder / "steps", ignore_errors=True)
     with collect.whole(sweep.folder / "plan.json") as path:
         path.write_text(json.dumps(plan))
+    return plan
 
 
 def read_plan(name: str) -> dict[str, Any]:
@@ -156,12 +145,6 @@ def _column(values: list) -> list:
     return [None if value is None else one(value) for value in values]
 
 
-def stale_makers(sweep: Sweep) -> list[str]:
-    """The pages that this sweep takes files from, and that have to run again."""
-    stale = stale_pages(sweep.profile) if sweep.page.needs else []
-    return [maker.name for maker in makers(sweep.page) if maker in stale]
-
-
 def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str:
     """Run what is missing of a sweep and collect it; return a line that says what there is now.
 
@@ -171,7 +154,8 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
 
     Raises:
         BookError: for a path that no cluster takes, or naming the runs that failed. All others are finished, and the table
-            says which are. If a page failed that the sweep takes files from, the table is as it was.
+            says which are. If a page failed that the sweep takes files from, if no run began, or if Snakemake was killed, the
+            table is as it was.
     """
     sweep = read_sweep(name)
     if profile_dir and shlex.quote(sys.executable) != sys.executable:
@@ -179,10 +163,10 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
                         "without quotes. Accepts letters, digits and @%+=:,./-_")
     log = BUILD / "log" / f"sweep-{name}.txt"
     with build.only_build(console) as lock:
-        before, first = finished(sweep), stale_makers(sweep)
+        before, first = finished(sweep), [maker.name for maker in stale_makers(sweep.page, sweep.profile)]
         # What a page that has to run again makes may be another file: then every run looks for itself.
         todo = [run for run in sweep.runs.values() if first or run.id not in before]
-        why, code = {}, 0
+        why, code, states = {}, 0, {}
         # Those that began and did not end come last: one that hangs, and ends its whole job, keeps no other from running.
         todo.sort(key=lambda run: (sweep.folder / run.id).exists())
         if todo:
@@ -190,7 +174,7 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
                 left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
             took, known = [record["seconds"] for record in before.values()], build.known_seconds(sweep.profile)
             seconds = statistics.median(took) if took else known.get(sweep.page.name, sweep.page.budget[sweep.profile])
-            write_plan(sweep, todo, seconds, jobs)
+            plan = write_plan(sweep, todo, seconds, jobs)
             expected = {maker: known.get(maker, pages()[maker].budget[sweep.profile]) for maker in first}
             expected |= {_what(sweep.page.name, run.id): seconds for run in todo}
             console.print(f"{len(todo)} of {len(sweep.runs)} runs to do, {'at most' if profile_dir else 'on'} {jobs} "
@@ -199,18 +183,23 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
                      ["--cores", str(jobs), *build.room()])
             words = ["sweep", *where, "--config", f"profile={sweep.profile}",
                      f"plan=_build/sweeps/{name}/plan.json"]
-            code = build.snakemake(words, sweep.profile, expected, jobs, console, lock=lock, log=log)
-            why = build.failures(code, build.read_states(sweep.profile))
+            wide = (jobs if profile_dir else max(1, jobs // sweep.page.cores)) * plan["at_once"]
+            code = build.snakemake(words, sweep.profile, expected, jobs, console, lock=lock, log=log, runs_at_once=wide)
+            states = build.read_states(sweep.profile)
+            why = build.failures(code, states)
         told = [message for what, message in why.items() if " " not in what]
         if code:
             told += build.last_words(code, log, list(why.values()))
-        behind = stale_makers(sweep) if first else []
-        if behind:
-            raise BookError("\n\n".join([*told, f"sweep {name}: needs {', '.join(behind)}; its table was left as it was. "
-                                         f"Snakemake's own log: {log}"]))
+        behind = [maker.name for maker in stale_makers(sweep.page, sweep.profile)] if first else []
+        unbegun = code < 0 or code and not any(_what(sweep.page.name, run.id) in states for run in todo)
+        if behind or unbegun:
+            needs = f"needs {', '.join(behind)}; " if behind else ""
+            raise BookError("\n\n".join([*told, f"sweep {name}: {needs}its table was left as it was. Snakemake's own log: {log}"]))
         records, until = finished(sweep), time.monotonic() + SEEN_LATE
-        while profile_dir and not code and len(records) < len(sweep.runs) and time.monotonic() < until:
-            time.sleep(1)  # all jobs ended well, so their files will be seen
+        while profile_dir and time.monotonic() < until and any(
+                run not in records and (not code or states.get(_what(sweep.page.name, run), {}).get("state") == "done")
+                for run in sweep.runs):
+            time.sleep(1)  # these runs ended well, so their files will be seen
             records = finished(sweep)
         collect_table(sweep, records)
     failed = [run for run in sweep.runs.values() if run.id not in records]

@@ -8,7 +8,7 @@ from typing import Any
 
 from nsm_support.book import BookError
 from nsm_support.book.fingerprint import digest, files, fingerprint
-from nsm_support.book.pages import Page, page
+from nsm_support.book.pages import Page
 from nsm_support.book.table import FACTS, folder, read_sweep, sweeps
 
 NOTEBOOKS = "../sweeps"
@@ -44,6 +44,7 @@ class Swept:
     rows: list[Row] = field(hash=False)
     question: str | None = None
     measure: str | None = None
+    missing: int = 0  # runs of the sweep as it stands today that its table has not
 
     @property
     def large(self) -> bool:
@@ -89,33 +90,36 @@ def _part(row: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def read_swept(name: str) -> Swept | None:
-    """What the sweep of that name has left; None if it has not run.
+    """What the sweep of that name has left of the runs that stand in it today; None if there is none.
 
     Raises:
-        BookError: as `read_table` and `table.read_sweep`, or if its page is gone.
+        BookError: as `read_table` and `table.read_sweep`.
     """
     path = folder(name).with_name(f"{name}.parquet")
     if not path.exists():
         return None
-    rows, today, entries = [], {}, read_table(path)
+    asked = read_sweep(name)
+    entries = [entry for entry in read_table(path) if entry["run"] in asked.runs]
+    if not entries:
+        return None
+    rows, today = [], {**fingerprint(asked.page, asked.profile, {}), "parameters": None, "files": None}
     for entry in entries:
-        about, place = page(entry["page"]), folder(name) / entry["run"]
-        if entry["profile"] not in today:
-            today[entry["profile"]] = {**fingerprint(about, entry["profile"], {}), "parameters": None, "files": None}
+        place = folder(name) / entry["run"]
         try:
             (record,) = json.loads((place / "results.json").read_text()) if len(entries) <= MOST_RUNS else ({},)
-            whole = record["digest"] == digest(place / "run.ipynb")  # in this order: no file is looked at without a record
+            # A sweep that was begun again and has not ended has newer runs than its table. No file is looked at without a record.
+            own = all(record[fact] == entry[fact] for fact in ("date", "seconds"))
+            whole = own and record["digest"] == digest(place / "run.ipynb")
             was = record["fingerprint"]
-            same = ({**was, "parameters": None, "files": None} == today[entry["profile"]]
-                    and was["files"] == files(was["parameters"]))
+            same = own and {**was, "parameters": None, "files": None} == today and was["files"] == files(was["parameters"])
         except (OSError, ValueError, KeyError, TypeError):
             record, whole, same = {}, False, False
         rows.append(Row(id=entry["run"], page=entry["page"], profile=entry["profile"], status=entry["status"],
                         facts={fact: entry[fact] for fact in FACTS}, parameters=_part(entry, "parameters."),
                         values=_part(entry, "values."), versions=software(record),
                         whole=whole and entry["status"] == "done", today=same and entry["status"] == "done"))
-    asked = read_sweep(name)
-    return Swept(name=name, page=about, rows=rows, question=asked.question, measure=asked.measure)
+    return Swept(name=name, page=asked.page, rows=rows, question=asked.question, measure=asked.measure,
+                 missing=len(asked.runs) - len(rows))
 
 
 def read_all() -> list[Swept]:
