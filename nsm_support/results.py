@@ -161,7 +161,9 @@ def read_product(name: str) -> Path:
     Raises:
         FileNotFoundError: if that page has not run yet; the message says how to run it.
     """
-    path = _product(name, "NSM_BOOK_NEEDS")
+    own, path = _product(name, "NSM_BOOK_MAKES"), _product(name, "NSM_BOOK_NEEDS")
+    if "NSM_BOOK_MAKES" in os.environ and own.exists():  # this page made it, in this run
+        return own
     if "NSM_BOOK_NEEDS" not in os.environ:
         others = (ROOT / "_build" / "products" / profile / name for profile in ("full", "quick"))
         path = next((other for other in (path, *others) if other.exists()), path)

@@ -62,6 +62,8 @@ def test_a_page_that_answers_by_its_rule_and_says_so_may_be_published(asked):
     asked(entry())
     good = notebook("# Title", answer(), "That it is above is *{glue:text}`positive_verdict`*.")
     assert gate.problems(good, PAGE) == []
+    between = "```{note}\nA note.\n```\n\nIt is *{glue:text}`positive_verdict`*.\n\n````{tip}\nA tip.\n````"
+    assert gate.problems(notebook("# Title", answer(), between), PAGE) == []
 
 
 @pytest.mark.parametrize(("glued", "sentence", "told"), [
@@ -91,6 +93,10 @@ def test_a_page_that_says_otherwise_is_not_published(asked, glued, sentence, tol
     ("That is *not supported at all*, we\nsay", ["*not supported at all*"]), ("***supported***", ["***supported***"]),
     ("It is *{glue:text}`a_verdict`* (because).", []), ("It is `supported` and undecided.", []),
     ("It is *{glue:text}`a_verdict`* and undecided.", ["undecided"]), ("Refuted is a word.\n\n*{glue:text}`a_verdict`*", []),
+    ("It is {glue:text}`a/b:x_verdict` or {glue:text}`y_verdict`, so it is supported.", ["supported"]),
+    ("```text\n*{glue:text}`x_verdict`*\n\nor refuted\n```", []), ("A ``{glue:text}`x_verdict` `` is supported or refuted.", []),
+    ("```{note}\nA note.\n```\n\nIt is *supported*.\n\n```{tip}\nA tip.\n```", ["*supported*"]),
+    ("````{note}\n```python\n*refuted*\n```\nIt is *undecided*.\n````\n% *refuted*", ["*undecided*"]),
     ("<em>refuted</em> or <b class='x'>not supported</b>", ["<em>refuted</em>", "<b class='x'>not supported</b>"]),
     ("A *well-put* rule supported *it*.", []),
     ("``*supported*`` is markup", []), ("```text\n*supported*\n```", []), ("a_supported_b and 2 * supported * 3", []),

@@ -95,6 +95,16 @@ def test_claim_has_to_be_written_down_before():
         results.claim("afterthought", estimate=1, low=0, high=2, n=9)
 
 
+def test_a_page_reads_back_what_it_made_in_this_run(monkeypatch, tmp_path):
+    for name in ("NEEDS", "MAKES"):
+        monkeypatch.setenv(f"NSM_BOOK_{name}", str(tmp_path / name))
+        (tmp_path / name).mkdir()
+    (tmp_path / "NEEDS" / "a.txt").write_text("another page's, or an earlier run's")
+    assert results.read_product("a.txt") == tmp_path / "NEEDS" / "a.txt"
+    results.write_product("a.txt").write_text("this run's")
+    assert results.read_product("a.txt").read_text() == "this run's"
+
+
 def test_products_stay_in_their_store(monkeypatch, tmp_path):
     monkeypatch.setenv("NSM_BOOK_MAKES", str(tmp_path))
     monkeypatch.setenv("NSM_BOOK_NEEDS", str(tmp_path))

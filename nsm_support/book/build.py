@@ -109,10 +109,14 @@ def seconds_left(expected: dict[str, float], states: dict[str, dict], cores: int
     mean = sum(took) / len(took) if took else None
     expect = {what: mean if mean is not None and " " in what else seconds for what, seconds in expected.items()}
     running = {what: time.time() - entry["at"] for what, entry in states.items() if entry["state"] == "running"}
+    waiting = sum(" " in what and (what not in states or what in running) for what in expect)
     done = rest = 0.0
     for what, seconds in expect.items():
         gone = seconds if what in states and what not in running else min(seconds, running.get(what, 0.0))
-        wide = 1.0 if what == "site" else 1 / runs_at_once if " " in what else min(cores, pages()[what].cores) / cores
+        if " " in what:
+            wide = 1 / max(1, min(runs_at_once, waiting))
+        else:
+            wide = 1.0 if what == "site" else min(cores, pages()[what].cores) / cores
         done, rest = done + gone, rest + (seconds - gone) * wide
     return done / (sum(expect.values()) or 1.0), rest
 

@@ -141,6 +141,8 @@ def run_page(
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
+    from nsm_support.book import collect
+
     # Names and types are checked already; papermill knows no annotation like `int | None` and would warn of it.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     for name in page.needs:
@@ -153,7 +155,7 @@ def run_page(
     failed = target.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
     began = time.perf_counter()
-    with (tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent) as folder,
+    with (tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent, ignore_cleanup_errors=True) as folder,
           tempfile.TemporaryDirectory(prefix="nsm-", dir=SOCKETS if len(tempfile.gettempdir()) > 60 else None) as sockets):
         source, output, made = Path(folder, "source.ipynb"), Path(folder, "run.ipynb"), Path(folder, "makes")
         os.environ.update(environment(needs, made))
@@ -200,9 +202,10 @@ def run_page(
             problems = [f"{page.name}: did not make {name}" for name in page.makes if not (made / name).exists()]
         written = sealed(json.loads(nbformat.writes(notebook)))
         output.write_text(json.dumps(written, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-        for name in page.makes if not problems else ():
-            (makes / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(made / name, makes / name)
+        for path in sorted(made.rglob("*")) if not problems else ():
+            if path.is_file():
+                with collect.whole(makes / path.relative_to(made)) as place:
+                    shutil.move(path, place)
         os.replace(output, failed if problems else target)
     if problems:
         raise BookError("\n\n".join([*problems, f"what the run left: {failed}"]))

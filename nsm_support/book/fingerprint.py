@@ -172,10 +172,15 @@ def stale_pages(profile: str) -> list[Page]:
 
     A page that reads a product of one of these is not among them for that alone: it may be made the same again.
     """
-    everything = frozenset(name for page in pages().values() for name in page.makes)
-    first = [page for page in pages().values() if differences(page, profile, everything)]
+    return _stale(list(pages().values()), profile)
+
+
+def _stale(among: list[Page], profile: str) -> list[Page]:
+    """Which of these pages have to run, if all that they take files from are among them."""
+    everything = frozenset(name for page in among for name in page.makes)
+    first = [page for page in among if differences(page, profile, everything)]
     remade = frozenset(name for page in first for name in page.makes)
-    return [page for page in pages().values() if page in first or differences(page, profile, remade)]
+    return [page for page in among if page in first or differences(page, profile, remade)]
 
 
 def makers(page: Page) -> list[Page]:
@@ -192,8 +197,7 @@ def makers(page: Page) -> list[Page]:
 
 def stale_makers(page: Page, profile: str) -> list[Page]:
     """The pages that this one takes files from, and that have to run again."""
-    stale = stale_pages(profile) if page.needs else []
-    return [maker for maker in makers(page) if maker in stale]
+    return _stale(makers(page), profile)
 
 
 def set_aside_stale(profile: str) -> None:

@@ -11,13 +11,16 @@ from nsm_support.results import GLUE_MIME
 
 GLUE_ROLE = re.compile(r"\{glue:\w*\}`([^`:]+)(?::[^`]*)?`")
 PLOTLY = "application/vnd.plotly.v1+json"
-CODE = re.compile(r"^(`{3,})(?!\{).*?^\1|(?<!`)(`{1,2})(?!`).+?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^(`{3,})(?!`)([^\n]*\n)(.*?)^\1`*[ \t]*$", re.DOTALL | re.MULTILINE)
+COMMENT = re.compile(r"^%.*$", re.MULTILINE)
+CODE = re.compile(r"(?<!`)(`{1,2})(?!`).+?(?<!`)\1(?!`)", re.DOTALL)  # and the names of roles
+SHOWN_CODE = re.compile(r"(?<!`)``(?!`).+?(?<!`)``(?!`)", re.DOTALL)
 WORDS = r"(?:[^*_]{0,80}?[^\w*_])?(?:supported|refuted|undecided)(?:[^\w*_][^*_]{0,80}?)?"
 TYPED = re.compile(rf"(?<![\w*])\*{{1,3}}(?=[^\s*]){WORDS}(?<=[^\s*])\*{{1,3}}(?![\w*])"
                    rf"|(?<!\w)_{{1,2}}(?=[^\s_]){WORDS}(?<=[^\s_])_{{1,2}}(?!\w)"
                    rf"|<(?:em|strong|i|b)\b[^>]*>{WORDS.replace('[^*_]', '[^<>]')}</\w+>", re.IGNORECASE)
 PLAIN = re.compile(r"\b(?:supported|refuted|undecided)\b", re.IGNORECASE)
-UNREAD = re.compile(r"^(`{3,})(?!\{).*?^\1|(?<!`)``(?!`).+?(?<!`)``(?!`)|^%.*?$", re.DOTALL | re.MULTILINE)
+SAYS_VERDICT = re.compile(r"\{glue:\w*\}`[^`]*_verdict[:`]")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 KINDS = ("text/plain", "text/html", GLUE_MIME, PLOTLY, "image/png", "image/jpeg", "image/svg+xml")
 # HTML in which every < begins a tag or a comment that is read here as a browser reads it: it can hide none.
@@ -84,12 +87,21 @@ def active(text: str) -> str | None:
     return None
 
 
+def prose_of(source: str) -> str:
+    """What a reader is told by a cell of Markdown: neither fenced code nor comments, but all that stands in directives."""
+    def kept(fence: re.Match) -> str:
+        return fence[2] + prose_of(fence[3]) if fence[2].lstrip().startswith("{") else ""
+
+    return COMMENT.sub("", FENCE.sub(kept, source))
+
+
 def typed_verdicts(cell: nbformat.NotebookNode) -> list[str]:
     """Verdicts that a hand wrote: emphasised as only those of a run are, or plain in a paragraph that has one of a run."""
     if cell.cell_type != "markdown":
         return []
-    told = [paragraph for paragraph in re.split(r"\n\s*\n", cell.source) if "_verdict" in " ".join(GLUE_ROLE.findall(paragraph))]
-    return [*TYPED.findall(CODE.sub("", cell.source)),
+    text = SHOWN_CODE.sub("", prose_of(cell.source))
+    told = [paragraph for paragraph in re.split(r"\n\s*\n", text) if SAYS_VERDICT.search(paragraph)]
+    return [*TYPED.findall(CODE.sub("", text)),
             *(word for paragraph in told for word in PLAIN.findall(TYPED.sub("", CODE.sub("", paragraph))))]
 
 
@@ -120,7 +132,7 @@ def problems(notebook: nbformat.NotebookNode, page: Page, prose: bool = True) ->
         found += [f"{where[id(cell)]}: {word} is typed by hand: a verdict accepts *{{glue:text}}`ID_verdict`*, and a word that "
                   "is only spoken of neither emphasis nor a verdict in its paragraph" for cell in cells for word in typed_verdicts(cell)]
     if prose and not found:
-        said = {key for cell in cells if cell.cell_type == "markdown" for key in GLUE_ROLE.findall(UNREAD.sub("", cell.source))}
+        said = {key for cell in cells if cell.cell_type == "markdown" for key in GLUE_ROLE.findall(SHOWN_CODE.sub("", prose_of(cell.source)))}
         found = claims.unanswered(page.name, keys, said)
     if notebook.metadata.get("papermill", {}).get("exception") and not found:
         found.append(f"{page.name}: papermill reports an exception that no cell shows")

@@ -16,7 +16,7 @@ from rich.console import Console
 from nsm_support.book import BookError, build, collect
 from nsm_support.book.execute import run_into
 from nsm_support.book.fingerprint import checksum, digest, files, fingerprint, stale_makers
-from nsm_support.book.pages import BUILD, check, page, unknown
+from nsm_support.book.pages import BUILD, check, page, pages, unknown
 from nsm_support.book.series import COSTS
 from nsm_support.book.table import FACTS, Run, Sweep, folder, read_sweep
 
@@ -166,7 +166,7 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
         before, first = finished(sweep), [maker.name for maker in stale_makers(sweep.page, sweep.profile)]
         # What a page that has to run again makes may be another file: then every run looks for itself.
         todo = [run for run in sweep.runs.values() if first or run.id not in before]
-        why, code, states = {}, 0, {}
+        code, states = 0, {}
         # Those that began and did not end come last: one that hangs, and ends its whole job, keeps no other from running.
         todo.sort(key=lambda run: (sweep.folder / run.id).exists())
         if todo:
@@ -186,7 +186,7 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
             wide = (jobs if profile_dir else max(1, jobs // sweep.page.cores)) * plan["at_once"]
             code = build.snakemake(words, sweep.profile, expected, jobs, console, lock=lock, log=log, runs_at_once=wide)
             states = build.read_states(sweep.profile)
-            why = build.failures(code, states)
+        why = build.failures(code, states)
         told = [message for what, message in why.items() if " " not in what]
         if code:
             told += build.last_words(code, log, list(why.values()))
@@ -200,7 +200,8 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
                 run not in records and (not code or states.get(_what(sweep.page.name, run), {}).get("state") == "done")
                 for run in sweep.runs):
             time.sleep(1)  # these runs ended well, so their files will be seen
-            records = finished(sweep)
+            records, states = finished(sweep), build.read_states(sweep.profile)
+            why = build.failures(code, states)
         collect_table(sweep, records)
     failed = [run for run in sweep.runs.values() if run.id not in records]
     for run in failed[:TOLD]:

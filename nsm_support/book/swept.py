@@ -113,10 +113,10 @@ def read_swept(name: str) -> Swept | None:
             was = record["fingerprint"]
             same = own and {**was, "parameters": None, "files": None} == today and was["files"] == files(was["parameters"])
         except (OSError, ValueError, KeyError, TypeError):
-            record, whole, same = {}, False, False
+            own, whole, same = False, False, False
         rows.append(Row(id=entry["run"], page=entry["page"], profile=entry["profile"], status=entry["status"],
                         facts={fact: entry[fact] for fact in FACTS}, parameters=_part(entry, "parameters."),
-                        values=_part(entry, "values."), versions=software(record),
+                        values=_part(entry, "values."), versions=software(record) if own else {},
                         whole=whole and entry["status"] == "done", today=same and entry["status"] == "done"))
     return Swept(name=name, page=asked.page, rows=rows, question=asked.question, measure=asked.measure,
                  missing=len(asked.runs) - len(rows))
