@@ -68,7 +68,8 @@ def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n
     Args:
         rule: `supported` and `refuted`, each a comparison such as `low > 0`, and `min_n`, the least number of
             independent units behind a verdict.
-        estimate, low, high, n: the estimate, its 95 % interval and the number of independent units.
+        estimate, low, high, n: the estimate, its 95 % interval and the number of independent units; n = 0 says that this run
+            does not answer the question, whatever the three others are.
 
     Returns:
         `supported`, `refuted` or `undecided`. Undecided is the answer whenever n is below `min_n`.
@@ -104,13 +105,15 @@ def in_words(comparison: str) -> str:
 
 def reason(rule: dict[str, Any], word: str, n: int) -> str:
     """Which part of the rule made a verdict, in words for the prose."""
+    if n == 0:
+        return "this run did not measure at the size asked about"
     if n < rule["min_n"]:
         return f"n = {n}, and the rule asks for {rule['min_n']}"
     if word != "undecided":
         return in_words(rule[word])
     bounds = {RULE.match(rule[word])[3] for word in ("supported", "refuted")}
     if len(bounds) == 1:
-        return f"the interval reaches both sides of {bounds.pop()}"
+        return f"the interval holds {bounds.pop()}"
     return f"neither is it so that {in_words(rule['supported'])}, nor that {in_words(rule['refuted'])}"
 
 
@@ -118,7 +121,8 @@ def claim(id: str, *, estimate: float, low: float, high: float, n: int, measured
     """Answer one question of `book/claims.yml` and glue the answer, so that the prose can only repeat it.
 
     Glues `ID` (the estimate), `ID_low`, `ID_high`, `ID_n`, `ID_verdict` and `ID_reason`. An estimate of `nsm_support.statistics`
-    unpacks: `claim("router-knows-digit", **interval._asdict())`. `measured` as in `glue`, for claims about seconds.
+    unpacks: `claim("router-knows-digit", **interval._asdict())`. `measured` as in `glue`, for claims about seconds. A run that
+    measured at another size than the question's gives n = 0: the ledger then shows neither estimate nor interval.
 
     Raises:
         KeyError: if the claim was not written down beforehand; the message lists those that were.

@@ -138,6 +138,17 @@ def test_a_strip_tells_its_verdict_by_shape_and_in_words():
     assert 'M122.5 10H190.0' in drawn and 'cx="145.0"' in drawn
 
 
+def test_a_question_that_a_run_does_not_answer_shows_no_numbers(asked):
+    asked(entry())
+    records = {"group/first": {"values": values(**answer(n=0, verdict="undecided"))}}
+    page = ledger.ledger_page(records, ["group/first"])
+    why = "this run did not measure at the size asked about"
+    assert f"<strong>undecided</strong>, because {why}. Estimate –, 95 % interval –, n = 0.</dd>" in page
+    (drawn,) = re.findall(r"<svg.*?</svg>", page)
+    assert f'aria-label="not measured, undecided: {why}"' in drawn
+    assert 'class="bound"' in drawn and 'class="interval"' not in drawn and "<circle" not in drawn
+
+
 def test_the_ledger_counts_groups_in_the_readers_order_and_links(asked):
     asked(entry(), entry("below", rule=DOWN, question="Is <b>it</b> below two?"), entry("late", page="group/second"))
     records = {"group/first": {"values": values(**answer(), **answer("below", 3.0, 1.5, 4.5, verdict="undecided"))},

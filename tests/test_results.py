@@ -27,8 +27,9 @@ def test_verdict_follows_the_rule(low, estimate, high, n, word):
 
 @pytest.mark.parametrize(("word", "n", "why"), [
     ("supported", 6, "the whole interval is above 0"), ("refuted", 6, "the whole interval is below 0"),
-    ("undecided", 6, "the interval reaches both sides of 0"),
+    ("undecided", 6, "the interval holds 0"),
     ("undecided", 3, "n = 3, and the rule asks for 6"),
+    ("undecided", 0, "this run did not measure at the size asked about"),
 ])
 def test_a_verdict_has_its_reason(word, n, why):
     assert results.reason(RULE, word, n) == why

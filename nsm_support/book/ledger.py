@@ -14,7 +14,7 @@ from nsm_support.results import RULE, Claim, in_words, reason, verdict
 NAME = "results/claims"
 WORDS = ("supported", "refuted", "undecided")
 COUNTED = {"supported": "the rule for yes holds", "refuted": "the rule for no holds",
-           "undecided": "neither holds, or too few independent runs"}
+           "undecided": "neither holds, too few independent runs, or not measured in this run"}
 # Told apart by shape: a disc, a square, a ring. The colours, from the style sheet, only repeat it.
 MARKS = {"supported": '<circle cx="{x}" cy="10" r="5.5"/>', "refuted": '<rect x="{left}" y="5" width="10" height="10"/>',
          "undecided": '<circle class="hollow" cx="{x}" cy="10" r="4.5"/>'}
@@ -84,17 +84,24 @@ def scale(rule: dict[str, Any], answer: Claim) -> tuple[dict[str, float], list[f
             sorted({right * (bound - bounds[0]) / half for bound in bounds}))
 
 
+def shown(answer: Claim) -> list[str]:
+    """Estimate, low and high as text; dashes where a run does not answer the question."""
+    return [number(value if answer.n else None) for value in (answer.estimate, answer.low, answer.high)]
+
+
 def strip(rule: dict[str, Any], answer: Claim) -> str:
     """A dot and its interval beside the bound, as SVG."""
+    estimate, low, high = shown(answer)
     points, bounds = scale(rule, answer)
     x = {name: 100 + 90 * value for name, value in points.items()}
-    words = html.escape(f"estimate {number(answer.estimate)}, interval {number(answer.low)} to {number(answer.high)}, "
-                        f"{answer.verdict}: {answer.reason}")
+    numbers = f"estimate {estimate}, interval {low} to {high}" if answer.n else "not measured"
+    words = html.escape(f"{numbers}, {answer.verdict}: {answer.reason}")
     lines = "".join(f'<path class="bound" d="M{100 + 90 * bound:.1f} 0V20"/>' for bound in bounds)
-    mark = MARKS[answer.verdict].format(x=f"{x['estimate']:.1f}", left=f"{x['estimate'] - 5:.1f}")
+    mark = "" if answer.n == 0 else (
+        f'<path class="interval" d="M{x["low"]:.1f} 10H{x["high"]:.1f}"/>'
+        + MARKS[answer.verdict].format(x=f"{x['estimate']:.1f}", left=f"{x['estimate'] - 5:.1f}"))
     return (f'<svg class="{answer.verdict}" viewBox="0 0 200 20" role="img" aria-label="{words}">'
-            f'<path class="base" d="M0 10H200"/>{lines}'
-            f'<path class="interval" d="M{x["low"]:.1f} 10H{x["high"]:.1f}"/>{mark}</svg>')
+            f'<path class="base" d="M0 10H200"/>{lines}{mark}</svg>')
 
 
 def title(name: str) -> str:
@@ -109,8 +116,9 @@ def rule_words(rule: dict[str, Any]) -> str:
 def told_answer(entry: dict[str, Any], answer: Claim) -> str:
     """A question, which leads to the section that answers it, its verdict, the numbers behind it and the rule."""
     there = Cell(entry["question"], f"../{entry['page']}.html#{anchor(answer.id)}")
-    numbers = (f"because {answer.reason}. Estimate {number(answer.estimate)}, 95 % interval {number(answer.low)} to "
-               f"{number(answer.high)}, n = {answer.n}.")
+    estimate, low, high = shown(answer)
+    interval = f"{low} to {high}" if answer.n else low
+    numbers = f"because {answer.reason}. Estimate {estimate}, 95 % interval {interval}, n = {answer.n}."
     return (f'<dt id="{answer.id}">{linked(there)}</dt><dd><strong>{answer.verdict}</strong>, {html.escape(numbers)}</dd>'
             f'<dd>Rule: {html.escape(rule_words(entry["rule"]))}.</dd><dd>Measured: {html.escape(entry["metric"])}.</dd>')
 
@@ -124,7 +132,7 @@ def picture(parts: dict[str, list[tuple[dict[str, Any], Claim]]]) -> str:
                  f'<a href="#{answer.id}">{html.escape(entry["question"])}</a></p>' for entry, answer in part]
     caption = ("For each question the estimate and its 95 % interval, on a scale of its own. The vertical line is what the rule "
                "compares with: to its right lies what the rule calls supported. Two lines: one bound for supported, another "
-               "for refuted. Disc: supported; square: refuted; ring: undecided.")
+               "for refuted. Disc: supported; square: refuted; ring: undecided; no mark: not measured in this run.")
     return f'<figure class="nsm-ledger" id="fig-ledger"><figcaption>{caption}</figcaption>{"".join(rows)}</figure>'
 
 
