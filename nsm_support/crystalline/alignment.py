@@ -33,7 +33,7 @@ class Alignment(NamedTuple):
     majority: float  # share of the commonest state: the purity of codes that know nothing
     null: float  # mean purity if the states belonged to other sequences
     null_p: float  # how often such a purity reaches this one; at least 1/(permutations + 1)
-    seed_purity: float  # the seed's own purity, see `seed_purity`
+    seed_purity: float  # the original notebook's purity, see `seed_purity`
     active_codes: int  # codes that were active at least once
     perplexity: float  # exp of the entropy of the codes' shares of use: 1 (one code) to K (all alike)
     homogeneity: float  # 1 − H(state | code set)/H(state)
@@ -68,7 +68,7 @@ def contingency(hard_codes: Tensor, states: Tensor, num_states: int) -> Tensor:
 
 
 def contingency_reference(hard_codes: Tensor, states: Tensor, num_states: int) -> Tensor:
-    """The definition of `contingency`, position by position and code by code, as the seed notebook wrote it."""
+    """The definition of `contingency`, position by position and code by code, as the original notebook wrote it."""
     counts = torch.zeros(hard_codes.shape[-1], num_states, dtype=torch.int64)
     for i in range(hard_codes.shape[0]):
         for j in range(hard_codes.shape[1]):
@@ -119,7 +119,7 @@ def purity(counts: Tensor, labels: Tensor | None = None) -> float:
 
 
 def seed_purity(counts: Tensor) -> float:
-    """1/K Σ_k max_s N_ks / Σ_s N_ks: the purity of seed 003's prototype. Every code counts alike, a dead one as zero.
+    """1/K Σ_k max_s N_ks / Σ_s N_ks: the purity of the original notebook. Every code counts alike, a dead one as zero.
 
     It stands here for comparison only. A code used once is pure by necessity and counts as much as one used a thousand
     times, and codes that were never used pull the mean down: it has no chance level of its own.
@@ -129,7 +129,7 @@ def seed_purity(counts: Tensor) -> float:
 
 
 def compute_state_code_alignment(hard_codes: Tensor, states: Tensor, num_states: int) -> dict[str, Any]:
-    """What the seed's cells read: `purity` (the seed's, see `seed_purity`), `active_codes`, and what they were made of.
+    """What the original notebook's cells read: `purity` (its own, see `seed_purity`), `active_codes`, and what they were made of.
 
     Beside these `code_state_counts` [K,S], `dominant_states` [K] (here NO_STATE for a dead code), `weighted_purity` and
     `majority_share`, with which a purity has to be compared. `align` measures more.

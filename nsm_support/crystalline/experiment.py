@@ -18,7 +18,7 @@ from .model import CrystallineTransformer, Info, ModelConfig
 
 
 class Text(NamedTuple):
-    """Strings of a machine [B, T]. `states` emitted the tokens (the seed's meaning), `after` follow them."""
+    """Strings of a machine [B, T]. `states` emitted the tokens (the original notebook's meaning), `after` follow them."""
 
     tokens: Tensor
     targets: Tensor
@@ -31,7 +31,7 @@ class Run:
     """All that decides a training."""
 
     model: ModelConfig
-    machine: str | FSMConfig = "fsm"  #: a name of `automata.MACHINES`, or the sizes of a machine like the seed's
+    machine: str | FSMConfig = "fsm"  #: a name of `automata.MACHINES`, or the sizes of a machine like the original's
     seed: int = 0  #: of the start, the batches and the noise
     length: int = 32  #: T
     batch_size: int = 32
@@ -59,7 +59,7 @@ def held_out(machine: Machine, part: str, size: int, length: int) -> Text:
 
 
 def total_loss(model: CrystallineTransformer, text: Text, compress: float, commit: float) -> Tensor:
-    """Cross-entropy + λ₁ · mean compression + λ₂ · mean commitment over the bottlenecks, as in the seed's loop."""
+    """Cross-entropy + λ₁ · mean compression + λ₂ · mean commitment over the bottlenecks, as in the original's loop."""
     logits, infos = model(text.tokens)
     every = [one for info in infos for one in info.values()]
     compression = sum(compression_loss(one["soft_codes"]) for one in every) / len(every)

@@ -1,4 +1,4 @@
-"""Machines that make strings of their own: the seed's FSM, one whose tokens are shared by states, and TokFSM."""
+"""Machines that make strings of their own: the original notebook's FSM, one whose tokens are shared by states, and TokFSM."""
 
 import math
 import random
@@ -87,7 +87,7 @@ class TableMachine(Generator):
 
 
 class FiniteStateMachine(TableMachine):
-    """The seed's machine: state i owns the tokens i·m … i·m+m−1, so that a token tells the state that emitted it.
+    """The original notebook's machine: state i owns the tokens i·m … i·m+m−1, so that a token tells the state that emitted it.
 
     The start is uniform; the table is drawn, row by row, from Python's `random.Random(config.seed)`. As no token is
     shared, a bigram table already predicts as well as can be: accuracy 1/m, cross-entropy ln m.
@@ -115,7 +115,7 @@ class AmbiguousFSM(TableMachine):
     Each state has m tokens, no two states the same set, so that no two predict alike. The j-th token of every state leads
     by the j-th of m permutations of the states, of which the first is one cycle: all states are visited, in the long run
     equally often. The start is state 0, so that the tokens decide the state, and the optimum is accuracy 1/m and
-    cross-entropy ln m, as with the seed's machine; but no table of the last few tokens reaches it.
+    cross-entropy ln m, as with the original's machine; but no table of the last few tokens reaches it.
 
     Raises:
         ValueError: if there are too few sets of tokens, or so many tokens that none has to be shared.
