@@ -94,8 +94,8 @@ def strip(rule: dict[str, Any], answer: Claim) -> str:
     estimate, low, high = shown(answer)
     points, bounds = scale(rule, answer)
     x = {name: 100 + 90 * value for name, value in points.items()}
-    numbers = f"estimate {estimate}, interval {low} to {high}" if answer.n else "not measured"
-    words = html.escape(f"{numbers}, {answer.verdict}: {answer.reason}")
+    numbers = f"estimate {estimate}, interval {low} to {high}, " if answer.n else ""
+    words = html.escape(f"{numbers}{answer.verdict}: {answer.reason}")
     lines = "".join(f'<path class="bound" d="M{100 + 90 * bound:.1f} 0V20"/>' for bound in bounds)
     mark = "" if answer.n == 0 else (
         f'<path class="interval" d="M{x["low"]:.1f} 10H{x["high"]:.1f}"/>'
