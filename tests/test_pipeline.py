@@ -68,7 +68,7 @@ def test_a_verdict_typed_by_hand_is_not_published(copy):
 def test_a_verdict_typed_on_a_page_without_a_run_is_not_published(copy):
     copy.edit("book/intro.md", "{glue:text}`group/first:positive_verdict`", "*refuted*")
     code, output = copy.book("build")
-    assert code == 1 and "intro: '*refuted*' is emphasised as only a verdict of a run is" in output, output
+    assert code == 1 and "intro: '*refuted*' is typed by hand: emphasised as only a verdict of a run is" in output, output
 
 
 def test_running_the_pages_again_is_kept_and_told(copy):
