@@ -276,6 +276,7 @@ def test_a_single_run_has_the_interval_that_its_page_reports_or_none():
     assert series.point([row(mean=2.0)], "mean")[:3] == (2.0, None, None)
     assert series.point([row(mean=2.0, mean_low=3.0, mean_high=4.0)], "mean")[:3] == (2.0, None, None)
     assert series.point([row(mean=None)], "mean") is None and series.point([row(mean="no")], "mean") is None
+    assert [series.told(one) for one in (own, series.point([row(mean=2.0)], "mean"), None)] == ["2, 1 to 4", "2", "–"]
 
 
 def sweep_of(rows, **more):

@@ -175,13 +175,15 @@ def test_many_failures_are_counted_and_what_began_comes_last(small, monkeypatch,
 def test_a_sweep_of_which_no_run_began_or_that_was_killed_leaves_its_table(small, monkeypatch, tmp_path, code):
     for module in (table, sweep, build):
         monkeypatch.setattr(module, "BUILD", tmp_path)
-    small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
+    found = small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
     table.folder("x").mkdir(parents=True)
     table.folder("x").with_name("x.parquet").write_text("of all runs")
 
     def snakemake(*words, log, **others):
         log.parent.mkdir(exist_ok=True)
         log.write_text("there is no such executor")
+        if code < 0:  # one run had ended by then
+            build.note_state("full", f"group/first {next(iter(found.runs))}", "done")
         return code
 
     monkeypatch.setattr(sweep, "finished", lambda found: {})
