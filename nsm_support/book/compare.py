@@ -32,8 +32,10 @@ def sweep_part(swept: Swept, number_of: int) -> list[str]:
     rows = [row for row in swept.rows if row.status == "done"]
     failed, old = len(swept.rows) - len(rows), sum(not row.today for row in rows)
     asked = [raw(f'<p class="nsm-question">{html.escape(swept.question)}</p>'), ""] if swept.question else []
-    lines = [f"## The sweep `{swept.name}`", "", *asked, f"{len(rows)} runs of [](../{swept.page.name}.md), in the {swept.rows[0].profile} profile"
-             + (f"; {failed} failed" if failed else "") + (f"; {swept.missing} not tried yet" if swept.missing else "") + f". `nsm-book sweep {swept.name}` runs what is missing.", ""]
+    lacking = "".join(f"; {count} {what}" for count, what in ((failed, "failed"), (swept.missing, "not tried yet")) if count)
+    lines = [f"## The sweep `{swept.name}`", "", *asked,
+             f"{len(rows)} runs of [](../{swept.page.name}.md), in the {swept.rows[0].profile} profile{lacking}. "
+             f"`nsm-book sweep {swept.name}` runs what is missing.", ""]
     if swept.large:
         lines += [f"These are more than {MOST_RUNS} runs: they are drawn, and neither listed nor linked. All lie in "
                   f"`_build/sweeps/{swept.name}.parquet`.", ""]

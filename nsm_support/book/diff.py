@@ -277,7 +277,8 @@ def show(found: Comparison, first: str, second: str, console: Console) -> None:
     table(f"Only in A: {first}", ["run or value"], [[name] for name in found.only_first])
     table(f"Only in B: {second}", ["run or value"], [[name] for name in found.only_second])
     table("Changed within the interval of A, or without one", ["run", "value", "A", "B", ""], values(found.other))
-    table("Parameters that differ", ["run", "parameter", "A", "B"], [[run, name, repr(a), repr(b)] for run, name, a, b in found.parameters])
+    table("Parameters that differ", ["run", "parameter", "A", "B"],
+          [[run, name, repr(a), repr(b)] for run, name, a, b in found.parameters])
     console.print(Text(f"{len(found.beyond)} values beyond their interval, {len(found.verdicts)} verdicts changed, "
                        f"{len(found.other)} other values changed, {found.equal} equal; {len(found.only_first)} only in A, "
                        f"{len(found.only_second)} only in B"))

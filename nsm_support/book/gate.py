@@ -130,9 +130,11 @@ def problems(notebook: nbformat.NotebookNode, page: Page, prose: bool = True) ->
         found = [f"{where[id(cell)]}: no cell glues {key!r}" for cell in cells if cell.cell_type == "markdown"
                  for key in GLUE_ROLE.findall(cell.source) if key not in keys]
         found += [f"{where[id(cell)]}: {word} is typed by hand: a verdict accepts *{{glue:text}}`ID_verdict`*, and a word that "
-                  "is only spoken of neither emphasis nor a verdict in its paragraph" for cell in cells for word in typed_verdicts(cell)]
+                  "is only spoken of neither emphasis nor a verdict in its paragraph"
+                  for cell in cells for word in typed_verdicts(cell)]
     if prose and not found:
-        said = {key for cell in cells if cell.cell_type == "markdown" for key in GLUE_ROLE.findall(SHOWN_CODE.sub("", prose_of(cell.source)))}
+        texts = [SHOWN_CODE.sub("", prose_of(cell.source)) for cell in cells if cell.cell_type == "markdown"]
+        said = {key for text in texts for key in GLUE_ROLE.findall(text)}
         found = claims.unanswered(page.name, keys, said)
     if notebook.metadata.get("papermill", {}).get("exception") and not found:
         found.append(f"{page.name}: papermill reports an exception that no cell shows")

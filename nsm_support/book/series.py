@@ -58,7 +58,7 @@ def varied(rows: list[Row]) -> list[str]:
 def told_apart(rows: list[Row]) -> list[str]:
     """The parameters that a table tells its runs apart by: those that differ, and the seeds."""
     names = varied(rows)
-    return names + [name for name in SEEDS if name in rows[0].parameters and name not in names]
+    return [*names, *(name for name in SEEDS if name in rows[0].parameters and name not in names)]
 
 
 def settings(rows: list[Row]) -> int:
@@ -92,8 +92,9 @@ def measures(rows: list[Row]) -> list[str]:
     """
     names = list(rows[0].values)
     parts = {f"{name}_{part}" for name in names for part in ("low", "high", "n")}
-    every = sorted((name for name in names if name not in parts),
-                   key=lambda name: (f"{name}_verdict" not in names, f"{name}_low" not in names)) + [*COSTS]
+    first = sorted((name for name in names if name not in parts),
+                   key=lambda name: (f"{name}_verdict" not in names, f"{name}_low" not in names))
+    every = [*first, *COSTS]
     return [name for name in every if name == "seconds" or len({measured(row, name) for row in rows} - {None}) > 1]
 
 

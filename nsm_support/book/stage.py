@@ -157,7 +157,8 @@ def stage(profile: str) -> Path:
                 source = MADE[name](profile, records) if name in MADE else (BOOK / f"{name}.md").read_text()
                 typed = [] if name in MADE else gate.typed_verdicts(nbformat.v4.new_markdown_cell(source))
                 if typed:
-                    raise BookError(f"{name}: {typed[0]!r} is typed by hand: emphasised as only a verdict of a run is, or beside one")
+                    raise BookError(f"{name}: {typed[0]!r} is typed by hand: emphasised as only a verdict of a run is, "
+                                    "or beside one")
                 text = linked(fill(source, records, f"book/{name}.md"), name)
                 has_numbers = FOREIGN.search(source) or name in ("results/claims", "results/runs")
                 write_if_changed(folder / f"{name}.md", with_banner(text, profile) if has_numbers else text)

@@ -35,7 +35,8 @@ def finished(sweep: Sweep) -> dict[str, dict[str, Any]]:
         try:
             (record,) = json.loads((place / "results.json").read_text())
             whole = {"run.ipynb": record["digest"], **record["made"]}
-            if (record["fingerprint"] == {**today, "parameters": json.loads(json.dumps(run.parameters)), "files": files(run.parameters)}
+            given = {"parameters": json.loads(json.dumps(run.parameters)), "files": files(run.parameters)}
+            if (record["fingerprint"] == {**today, **given}
                     and record["checksum"] == checksum(record)
                     and all(digest(place / name) == printed for name, printed in whole.items())):
                 found[run.id] = record
@@ -159,8 +160,8 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
     """
     sweep = read_sweep(name)
     if profile_dir and shlex.quote(sys.executable) != sys.executable:
-        raise BookError(f"{sys.executable}: with such a path no job on a cluster can begin: Snakemake writes it on a command line "
-                        "without quotes. Accepts letters, digits and @%+=:,./-_")
+        raise BookError(f"{sys.executable}: with such a path no job on a cluster can begin: Snakemake writes it on a command "
+                        "line without quotes. Accepts letters, digits and @%+=:,./-_")
     log = BUILD / "log" / f"sweep-{name}.txt"
     with build.only_build(console) as lock:
         before, first = finished(sweep), [maker.name for maker in stale_makers(sweep.page, sweep.profile)]
@@ -191,10 +192,11 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
         if code:
             told += build.last_words(code, log, list(why.values()))
         behind = [maker.name for maker in stale_makers(sweep.page, sweep.profile)] if first else []
-        unbegun = code < 0 or code and not any(_what(sweep.page.name, run.id) in states for run in todo)
+        unbegun = code < 0 or (code > 0 and not any(_what(sweep.page.name, run.id) in states for run in todo))
         if behind or unbegun:
             needs = f"needs {', '.join(behind)}; " if behind else ""
-            raise BookError("\n\n".join([*told, f"sweep {name}: {needs}its table was left as it was. Snakemake's own log: {log}"]))
+            told.append(f"sweep {name}: {needs}its table was left as it was. Snakemake's own log: {log}")
+            raise BookError("\n\n".join(told))
         records, until = finished(sweep), time.monotonic() + SEEN_LATE
         while profile_dir and time.monotonic() < until and any(
                 run not in records and (not code or states.get(_what(sweep.page.name, run), {}).get("state") == "done")

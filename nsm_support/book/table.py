@@ -88,7 +88,8 @@ def sweeps() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted([*(BOOK / "sweeps").glob("*.yml"), *(BOOK / "sweeps").glob("*.csv")]):
         if not re.fullmatch(r"[A-Za-z0-9][\w-]*", path.stem, re.ASCII) or path.stem in PROFILES:
-            raise BookError(f"book/sweeps: {brief(path.name)}: a sweep's name accepts letters, digits, - and _, and is no profile's")
+            raise BookError(f"book/sweeps: {brief(path.name)}: a sweep's name accepts letters, digits, - and _, "
+                            "and is no profile's")
         if path.stem in found:
             raise BookError(f"book/sweeps: {path.name} and {found[path.stem].name} have one name: rename one")
         found[path.stem] = path
