@@ -22,7 +22,7 @@ test: book
 	@$(MAKE) rerun
 
 rerun: book
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.nbval_kernels --nbval-lax --nbval-current-env -n 2 --dist loadscope _build/runs/$(PROFILE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.book.nbval_kernels --nbval-lax --nbval-current-env -n 2 --dist loadscope _build/runs/$(PROFILE)
 
 serve: .venv/installed
 	@test -e _build/html || { echo "There is no site yet: make book"; exit 1; }

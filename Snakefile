@@ -4,10 +4,10 @@ import math
 import shlex
 import sys
 
-from nsm_support.book import collect, fingerprint, pages, stage, sweep
+from nsm_book import collect, fingerprint, pages, stage, sweep
 
 PROFILE = config.get("profile", "quick")
-COMMAND = f"{shlex.quote(sys.executable)} -m nsm_support.book.cli".replace("{", "{{").replace("}", "}}")
+COMMAND = f"{shlex.quote(sys.executable)} -m nsm_book.cli".replace("{", "{{").replace("}", "}}")
 RUNS = {name: page.run(PROFILE).relative_to(pages.ROOT) for name, page in pages.pages().items()}
 
 if workflow.is_main_process:

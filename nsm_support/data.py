@@ -78,8 +78,10 @@ def to_patches(images: Tensor, size: int = 4) -> Tensor:
         ValueError: if the images do not divide into such patches.
     """
     if images.ndim < 2 or size < 1 or images.shape[-2] % size or images.shape[-1] % size:
-        raise ValueError(f"to_patches: images {tuple(images.shape)} do not divide into patches of {size} × {size}; "
-                         f"[..., height, width] is accepted, both multiples of the patch's size")  # fmt: skip
+        raise ValueError(
+            f"to_patches: images {tuple(images.shape)} do not divide into patches of {size} × {size}; "
+            f"[..., height, width] is accepted, both multiples of the patch's size"
+        )
     rows, columns = images.shape[-2] // size, images.shape[-1] // size
     grid = images.unflatten(-1, (columns, size)).unflatten(-3, (rows, size))  # (..., rows, y, columns, x)
     return grid.transpose(-3, -2).flatten(-2).flatten(-3, -2)
@@ -128,8 +130,10 @@ def stratified_split(labels: Tensor, fold: int = 0, *, folds: int = 5, seed: int
     classes, counts = labels.unique(return_counts=True)
     if counts.min() < 2 * folds:
         rarest = classes[counts.argmin()].item()
-        raise ValueError(f"stratified_split: class {rarest} has {counts.min().item()} members; {folds} folds need at "
-                         f"least {2 * folds} of each class")  # fmt: skip
+        raise ValueError(
+            f"stratified_split: class {rarest} has {counts.min().item()} members; {folds} folds need at "
+            f"least {2 * folds} of each class"
+        )
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     half = _rank_in_class(labels.cpu()[order]) % (2 * folds)  # the half-fold that each item falls into
     test = half // 2 == fold
@@ -175,8 +179,10 @@ def _bible() -> Text:
     for verse, start in bible.verse_start_indices.items():  # in order; numbered book · 10⁶ + chapter · 10³ + verse
         first, _ = spans.get(verse // 1000, (start, start))
         spans[verse // 1000] = (first, bible.verse_end_indices[verse])
-    return _join((f"{names[key // 1000]} {key % 1000}", key // 1000, bible.scripture_content[start:end].strip())
-                 for key, (start, end) in spans.items())  # fmt: skip
+    return _join(
+        (f"{names[key // 1000]} {key % 1000}", key // 1000, bible.scripture_content[start:end].strip())
+        for key, (start, end) in spans.items()
+    )
 
 
 def _text_file(path: Path) -> Text:

@@ -15,9 +15,18 @@ PALETTE = ("#3182bd", "#d95f0e", "#1b9e77", "#c05a9f", "#8a8a1c", "#6a6fd0", "#8
 """The book's colours: at least 3 : 1 on white and on the dark theme's ground, told apart by the colour-blind."""
 
 COLORS = {
-    "trained": PALETTE[0], "untrained": PALETTE[6], "random": PALETTE[1], "chance": PALETTE[6], "optimum": PALETTE[2],
-    "nsm": PALETTE[0], "transformer": PALETTE[1], "lstm": PALETTE[2], "gru": PALETTE[3], "mamba": PALETTE[5],
-    "counter": PALETTE[4], "cnn": PALETTE[4],
+    "trained": PALETTE[0],
+    "untrained": PALETTE[6],
+    "random": PALETTE[1],
+    "chance": PALETTE[6],
+    "optimum": PALETTE[2],
+    "nsm": PALETTE[0],
+    "transformer": PALETTE[1],
+    "lstm": PALETTE[2],
+    "gru": PALETTE[3],
+    "mamba": PALETTE[5],
+    "counter": PALETTE[4],
+    "cnn": PALETTE[4],
 }
 """One colour for one model or control, throughout the book."""
 
@@ -41,14 +50,30 @@ def setup_style(context: str = "notebook") -> None:
     sizes = {"paper": 9.0, "notebook": 11.0, "talk": 15.0}
     if context not in sizes:
         raise ValueError(f"setup_style: context {context!r}; accepted: {', '.join(sizes)}")
-    matplotlib.rcParams.update({
-        "font.size": sizes[context], "axes.titlesize": "medium", "figure.figsize": (6.4, 3.8),
-        "figure.constrained_layout.use": True, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
-        "ytick.color": INK, "axes.edgecolor": INK, "axes.facecolor": "none", "figure.facecolor": "none",
-        "grid.color": GRID, "axes.grid": False, "axes.axisbelow": True, "axes.spines.top": False,
-        "axes.spines.right": False, "legend.frameon": False, "axes.prop_cycle": cycler(color=PALETTE),
-        "svg.fonttype": "path", "image.cmap": "viridis",
-    })
+    matplotlib.rcParams.update(
+        {
+            "font.size": sizes[context],
+            "axes.titlesize": "medium",
+            "figure.figsize": (6.4, 3.8),
+            "figure.constrained_layout.use": True,
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "axes.edgecolor": INK,
+            "axes.facecolor": "none",
+            "figure.facecolor": "none",
+            "grid.color": GRID,
+            "axes.grid": False,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "axes.prop_cycle": cycler(color=PALETTE),
+            "svg.fonttype": "path",
+            "image.cmap": "viridis",
+        }
+    )
 
 
 def svg(figure, name: str) -> str:
@@ -59,7 +84,7 @@ def svg(figure, name: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', text).group(1)) * 96 / 72  # points to CSS pixels
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = text.replace("<svg", f'<svg aria-hidden="true" focusable="false" style="width:{width:.0f}px"', 1)
@@ -75,8 +100,10 @@ def _controls(controls: Mapping[str, Sequence]) -> str:
         key, text = html.escape(label), [html.escape(str(choice)) for choice in choices]
         if all(isinstance(choice, (int, float)) for choice in choices) and len(choices) > 2:
             last = len(choices) - 1
-            parts.append(f'<label>{key} <input type="range" data-control="{key}" min="0" max="{last}" value="{last}" '
-                         f"data-choices='{json.dumps(text)}'> <output>{text[-1]}</output></label>")
+            parts.append(
+                f'<label>{key} <input type="range" data-control="{key}" min="0" max="{last}" value="{last}" '
+                f"data-choices='{json.dumps(text)}'> <output>{text[-1]}</output></label>"
+            )
         else:
             options = "".join(f'<option value="{i}">{one}</option>' for i, one in enumerate(text))
             parts.append(f'<label>{key} <select data-control="{key}">{options}</select></label>')
@@ -90,12 +117,22 @@ def _prelude() -> str:
         return ""
     _shown_before = True
     plotly = Path(find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"
-    return (f"<style>{(STATIC / 'figures.css').read_text()}</style><script>{plotly.read_text()}</script>"
-            f"<script>{(STATIC / 'figures.js').read_text()}</script>")
+    return (
+        f"<style>{(STATIC / 'figures.css').read_text()}</style><script>{plotly.read_text()}</script>"
+        f"<script>{(STATIC / 'figures.js').read_text()}</script>"
+    )
 
 
-def show(figure, *, name: str, alt: str, caption: str, still=None, controls: Mapping[str, Sequence] | None = None,
-         frames: Mapping[tuple, Sequence[dict[str, Any]]] | None = None) -> None:
+def show(
+    figure,
+    *,
+    name: str,
+    alt: str,
+    caption: str,
+    still=None,
+    controls: Mapping[str, Sequence] | None = None,
+    frames: Mapping[tuple, Sequence[dict[str, Any]]] | None = None,
+) -> None:
     """Show a Matplotlib or plotly figure in a page.
 
     Args:
@@ -152,16 +189,20 @@ def interactive(figure, name: str, alt: str, still, controls, frames) -> tuple[s
     if figure.layout.height is None:
         figure.update_layout(height=380)
     spec = json.loads(figure.to_json())
-    index = {tuple(choice): ",".join(str(list(controls[label]).index(one)) for label, one in zip(controls, choice, strict=True))
-             for choice in frames}
+    index = {
+        tuple(choice): ",".join(str(list(controls[label]).index(one)) for label, one in zip(controls, choice, strict=True))
+        for choice in frames
+    }
     from plotly.io.json import to_json_plotly
 
     moving = {index[choice]: json.loads(to_json_plotly(list(traces))) for choice, traces in frames.items()}
     payload = json.dumps({"figure": spec, "frames": moving}, sort_keys=True, separators=(",", ":")).replace("<", "\\u003c")
     words = html.escape(alt)
-    body = (f'{_controls(controls) if controls else ""}<div class="nsm-plot" role="img" aria-label="{words}">'
-            f'<div class="nsm-drawing nsm-still">{svg(still, name)}</div><div class="nsm-live"></div></div>'
-            f'<script type="application/json" class="nsm-data">{payload}</script>')
+    body = (
+        f'{_controls(controls) if controls else ""}<div class="nsm-plot" role="img" aria-label="{words}">'
+        f'<div class="nsm-drawing nsm-still">{svg(still, name)}</div><div class="nsm-live"></div></div>'
+        f'<script type="application/json" class="nsm-data">{payload}</script>'
+    )
     return body, {"application/vnd.plotly.v1+json": spec}
 
 

@@ -149,9 +149,7 @@ def mutual_information(weights: Tensor, labels: Tensor) -> float:
     return max(information.item(), 0.0)
 
 
-def ngram_baseline(
-    train: Tensor, test: Tensor, vocabulary_size: int, *, order: int = 2, smoothing: float = 1.0
-) -> Baseline:
+def ngram_baseline(train: Tensor, test: Tensor, vocabulary_size: int, *, order: int = 2, smoothing: float = 1.0) -> Baseline:
     """Predict the next token by counting: order 1 is the best constant, 2 the bigram, 3 the trigram.
 
     p_n(t | context) = (count(context, t) + λ·p_{n−1}(t | shorter context)) / (count(context) + λ), with p_0 = 1/V and

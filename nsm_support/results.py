@@ -1,7 +1,7 @@
 """What a page hands over: numbers for its prose, claims for the ledger, files for other pages.
 
 Numbers travel inside the executed notebook, as display data under `metadata.scrapbook`, where myst-nb's `{glue:text}`
-and `nsm_support.book.collect` both find them. Nothing is written beside the notebook but the products.
+and `nsm_book.collect` both find them. Nothing is written beside the notebook but the products.
 """
 
 import math
@@ -172,6 +172,8 @@ def read_product(name: str) -> Path:
         others = (ROOT / "_build" / "products" / profile / name for profile in ("full", "quick"))
         path = next((other for other in (path, *others) if other.exists()), path)
     if not path.exists():
-        raise FileNotFoundError(f"product {name!r} is not at {path}: run the page that makes it first (book/pages.yml "
-                                f"says which; `make book` runs them in order)")
+        raise FileNotFoundError(
+            f"product {name!r} is not at {path}: run the page that makes it first (book/pages.yml "
+            f"says which; `make book` runs them in order)"
+        )
     return path

@@ -144,8 +144,14 @@ def bootstrap_interval(*samples: ArrayLike, statistic: Callable[..., Any] = np.m
         warnings.simplefilter("ignore")  # a degenerate resample is told from its interval, below
         for method in ("BCa", "percentile") if n <= MANY else ("percentile",):
             interval = bootstrap(
-                data, statistic, n_resamples=RESAMPLES, batch=max(1, CHUNK // n), paired=True, method=method,
-                confidence_level=CONFIDENCE, rng=np.random.default_rng(seed),
+                data,
+                statistic,
+                n_resamples=RESAMPLES,
+                batch=max(1, CHUNK // n),
+                paired=True,
+                method=method,
+                confidence_level=CONFIDENCE,
+                rng=np.random.default_rng(seed),
             ).confidence_interval
             low, high = float(interval.low), float(interval.high)
             if np.isfinite([low, high]).all():
@@ -229,8 +235,12 @@ def permutation_test(first: ArrayLike, second: ArrayLike, *, paired: bool, seed:
         first, second = _sample(first, "permutation_test", "first"), _sample(second, "permutation_test", "second")
         n = len(first) + len(second)
     result = test(
-        (first, second), lambda a, b, axis: a.mean(axis) - b.mean(axis), vectorized=True, n_resamples=RESAMPLES,
-        permutation_type="samples" if paired else "independent", batch=max(1, CHUNK // n),
+        (first, second),
+        lambda a, b, axis: a.mean(axis) - b.mean(axis),
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        permutation_type="samples" if paired else "independent",
+        batch=max(1, CHUNK // n),
         rng=np.random.default_rng(seed),
     )
     return PermutationTest(float(result.statistic), float(result.pvalue), n)
@@ -260,9 +270,7 @@ def permutation_null(
     """
     n = len(labels)
     if n < 2 or permutations < 1:
-        raise ValueError(
-            f"permutation_null: got {n} labels and {permutations} permutations; at least 2 and 1 are needed"
-        )
+        raise ValueError(f"permutation_null: got {n} labels and {permutations} permutations; at least 2 and 1 are needed")
     if not hasattr(labels, "shape"):
         labels = np.asarray(labels)
     generator = np.random.default_rng(seed)

@@ -53,8 +53,9 @@ def run_all(function: Callable[[Any], Any], runs: Iterable[Any], workers: int = 
     """
     futures = [_pool(workers).submit(partial(_alone, function), run) for run in runs]
     try:
-        for future in tqdm(as_completed(futures), total=len(futures), file=sys.stdout, leave=False,
-                           disable="NSM_BOOK_RUN" in os.environ):  # fmt: skip
+        for future in tqdm(
+            as_completed(futures), total=len(futures), file=sys.stdout, leave=False, disable="NSM_BOOK_RUN" in os.environ
+        ):
             future.result()
     except BaseException:  # an interrupt may have ended workers: the next call gets new ones
         try:

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nsm_support.book import pages, table
+from nsm_book import pages, table
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = Path(__file__).parent / "small_book"
-COPIED = ("nsm_support", "profiles", "Snakefile", "_config.yml", "requirements.txt", "constraints.txt")
+SMALL = Path(__file__).parent / "book/small_book"
+COPIED = ("nsm_support", "nsm_book", "profiles", "Snakefile", "_config.yml", "requirements.txt", "constraints.txt")
 
 
 HEAD = """---
@@ -52,9 +52,10 @@ class Checkout:
 
     def start(self, *words: str) -> subprocess.Popen:
         own = self.folder / ".venv/bin/python"
-        command = [own if own.exists() else sys.executable, "-m", "nsm_support.book.cli", *words]
-        return subprocess.Popen(command, cwd=self.folder, text=True,
-                                env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        command = [own if own.exists() else sys.executable, "-m", "nsm_book.cli", *words]
+        return subprocess.Popen(
+            command, cwd=self.folder, text=True, env=self.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
 
     def book(self, *words: str) -> tuple[int, str]:
         """Run `nsm-book` in the copy; return its exit code and everything it printed."""
@@ -132,7 +133,7 @@ def slurm(tmp_path):
 
 def one_node(folder: Path, conf: Path):
     try:
-        subprocess.run([ROOT / "tests/slurm/start.sh", folder], check=True, timeout=60)
+        subprocess.run([ROOT / "tests/book/slurm/start.sh", folder], check=True, timeout=60)
         yield
     finally:
         pids = [int(path.read_text()) for path in folder.glob("*.pid")]

@@ -1,13 +1,13 @@
 """Feed-forward layers in routed blocks, a language model of them, and hybrids whose attention the routing gates."""
 
-from .checkpoint import load_checkpoint
-from .ffn import BlockFFN, blockffn_reference, blockffn_sparse
-from .gates import Gate
-from .hybrid import GatedHybridLayer, MambaSidecar, attach, detach
-from .model import BlockFFNConfig, BlockFFNModel
-from .objectives import chunk_sparsity, chunk_sparsity_loss, dead_experts, locality_loss, token_sparsity
-from .router import BlockRouter, Routed
-from .signals import RoutingExtractor, write_routing_signals
+from nsm_support.blockffn.checkpoint import load_checkpoint
+from nsm_support.blockffn.ffn import BlockFFN, blockffn_reference, blockffn_sparse
+from nsm_support.blockffn.gates import Gate
+from nsm_support.blockffn.hybrid import GatedHybridLayer, MambaSidecar, attach, detach
+from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
+from nsm_support.blockffn.objectives import chunk_sparsity, chunk_sparsity_loss, dead_experts, locality_loss, token_sparsity
+from nsm_support.blockffn.router import BlockRouter, Routed
+from nsm_support.blockffn.signals import RoutingExtractor, write_routing_signals
 
 __all__ = [
     "BlockFFN",

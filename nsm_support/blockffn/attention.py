@@ -16,7 +16,7 @@ def rotate_half(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary positions as the checkpoints have them: number i of a head is turned together with number i + K/2.
 
     x [B,H,T,K], positions [T] or [B,T] → [B,H,T,K]. Su et al. 2021 (arXiv:2104.09864, equation 34) turns neighbours, as
-    `nsm_support.rotary` does: the same up to the order of a head's numbers, which trained weights fix. Angles are
+    `nsm_support.mixers.rotary` does: the same up to the order of a head's numbers, which trained weights fix. Angles are
     computed in float64.
     """
     half = x.shape[-1] // 2

@@ -14,22 +14,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training import CheckpointError
-from .model import BlockFFNConfig, BlockFFNModel
+from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
+from nsm_support.training import CheckpointError
 
 MODEL_TYPE = "minicpm"  #: of the published configs; the fields below tell a BlockFFN from others of that name
 # What the published configuration class takes where config.json is silent, and what this package can compute.
 DEFAULTS = {
-    "attention_type": "vanilla", "num_key_value_heads": None, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
-    "q_lora_rank": 768, "kv_lora_rank": 256, "ffn_type": "vanilla", "num_experts": 40, "expert_size": 128,
-    "norm_after_router": "sum", "norm_scale": 1.0, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "scale_emb": 1,
-    "scale_depth": 1, "dim_model_base": 1, "tie_word_embeddings": True, "hidden_act": "silu", "router_act": "relu",
-    "rope_scaling": None, "attention_bias": False, "pretraining_tp": 1,
-}  # fmt: skip
+    "attention_type": "vanilla",
+    "num_key_value_heads": None,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 256,
+    "ffn_type": "vanilla",
+    "num_experts": 40,
+    "expert_size": 128,
+    "norm_after_router": "sum",
+    "norm_scale": 1.0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "scale_emb": 1,
+    "scale_depth": 1,
+    "dim_model_base": 1,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "router_act": "relu",
+    "rope_scaling": None,
+    "attention_bias": False,
+    "pretraining_tp": 1,
+}
 ACCEPTED = {
-    "ffn_type": ("block", "block_linear"), "hidden_act": ("silu",), "router_act": ("relu",), "rope_scaling": (None,),
-    "attention_bias": (False,), "pretraining_tp": (1,),
-}  # fmt: skip
+    "ffn_type": ("block", "block_linear"),
+    "hidden_act": ("silu",),
+    "router_act": ("relu",),
+    "rope_scaling": (None,),
+    "attention_bias": (False,),
+    "pretraining_tp": (1,),
+}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -69,8 +90,9 @@ def read_config(folder: str | Path) -> BlockFFNConfig:
     path = Path(folder) / "config.json"
     given = json.loads(path.read_text(encoding="utf-8"))
     if given.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"{path}: model_type is {given.get('model_type')!r}; {MODEL_TYPE!r} is accepted, with "
-                                 f"the fields of BlockFFN")  # fmt: skip
+        raise CheckpointError(
+            f"{path}: model_type is {given.get('model_type')!r}; {MODEL_TYPE!r} is accepted, with the fields of BlockFFN"
+        )
     config = DEFAULTS | given
     for name, accepted in ACCEPTED.items():
         if config[name] not in accepted:
@@ -103,8 +125,14 @@ def _folder(source: str | Path) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise FileNotFoundError(f"{source} is no folder; to fetch it by name, install huggingface_hub") from error
-    patterns = ["config.json", "tokenizer.json", *WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS),
-                "model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"]  # fmt: skip
+    patterns = [
+        "config.json",
+        "tokenizer.json",
+        *WEIGHTS,
+        *(f"{name}.index.json" for name in WEIGHTS),
+        "model-*-of-*.safetensors",
+        "pytorch_model-*-of-*.bin",
+    ]
     return Path(snapshot_download(name, allow_patterns=patterns))
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .router import BlockRouter, Routed, check_sizes
+from nsm_support.blockffn.router import BlockRouter, Routed, check_sizes
 
 PATHS = ("auto", "dense", "sparse")
 FEW = 2048  # pairs up to which one call for all blocks is faster than a few calls for each

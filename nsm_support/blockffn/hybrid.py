@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ..mamba import MambaBlock, MambaStream
-from ..training import History, TrainingConfig, evaluating, fit
-from .gates import Gate
-from .model import BlockFFNLayer, BlockFFNModel, losses
-from .objectives import token_sparsity
-from .router import Routed
+from nsm_support.blockffn.gates import Gate
+from nsm_support.blockffn.model import BlockFFNLayer, BlockFFNModel, losses
+from nsm_support.blockffn.objectives import token_sparsity
+from nsm_support.blockffn.router import Routed
+from nsm_support.mixers.mamba import MambaBlock, MambaStream
+from nsm_support.training import History, TrainingConfig, evaluating, fit
 
 SOURCES = ("previous", "own")
 
@@ -27,7 +27,7 @@ class MambaSidecar(nn.Module):
     It has no residual of its own: as with the attention that it replaces, the layer's residual goes around it.
 
     Args:
-        dim: D. Other options: of `nsm_support.mamba.MambaBlock`.
+        dim: D. Other options: of `nsm_support.mixers.mamba.MambaBlock`.
     """
 
     def __init__(self, dim: int, **mamba: Any):
@@ -116,11 +116,7 @@ def put_attention(attention: nn.Module, h: Tensor, scanned: Tensor, chosen: Tens
 
 
 def attach(
-    model: BlockFFNModel,
-    sidecars: Mapping[int, MambaSidecar],
-    gate: Callable[[int], Gate],
-    *,
-    source: str = "previous",
+    model: BlockFFNModel, sidecars: Mapping[int, MambaSidecar], gate: Callable[[int], Gate], *, source: str = "previous"
 ) -> None:
     """Put a `GatedHybridLayer` in the place of each layer that has a sidecar; `gate(layer number)` makes its gate.
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, LatentAttention
-from .ffn import BlockFFN
-from .objectives import chunk_sparsity_loss, locality_loss
-from .router import NORMS, Routed
+from nsm_support.blockffn.attention import Attention, LatentAttention
+from nsm_support.blockffn.ffn import BlockFFN
+from nsm_support.blockffn.objectives import chunk_sparsity_loss, locality_loss
+from nsm_support.blockffn.router import NORMS, Routed
 
 ATTENTIONS, FFNS = ("vanilla", "mla"), ("block", "dense")
 

@@ -7,7 +7,7 @@ Letters: T tokens, E experts (blocks). Song et al. 2025 (BlockFFN, arXiv:2507.08
 import torch.nn.functional as F
 from torch import Tensor
 
-from .router import Routed
+from nsm_support.blockffn.router import Routed
 
 
 def locality_loss(routed: Routed, sharpness: float = 100.0) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..training import evaluating
-from .files import write_json
-from .objectives import token_sparsity
-from .router import BlockRouter
+from nsm_support.blockffn.objectives import token_sparsity
+from nsm_support.blockffn.router import BlockRouter
+from nsm_support.studies.tables import write_json
+from nsm_support.training import evaluating
 
 
 class RoutingExtractor:

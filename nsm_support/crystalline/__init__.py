@@ -1,11 +1,11 @@
 """Discrete codes in sequence models, the finite automata that make their data, and the automata read out of the codes."""
 
-from .alignment import compute_state_code_alignment, plot_code_state_alignment
-from .automata import FiniteStateMachine, FSMConfig
-from .bottleneck import Bottleneck, BottleneckConfig, straight_through
-from .losses import commitment_loss, compression_loss
-from .model import CrystallineTransformer, ModelConfig
-from .schedules import temperature_at
+from nsm_support.crystalline.automata import FiniteStateMachine, FSMConfig
+from nsm_support.crystalline.codes.alignment import compute_state_code_alignment, plot_code_state_alignment
+from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig, straight_through
+from nsm_support.crystalline.codes.losses import commitment_loss, compression_loss
+from nsm_support.crystalline.codes.schedules import temperature_at
+from nsm_support.crystalline.codes.transformer import CrystallineTransformer, ModelConfig
 
 __all__ = [
     "Bottleneck",

@@ -1,11 +1,11 @@
 """Neural state machines: a few persistent states that tokens read and write, in place of attending to each other."""
 
-from .attention import HybridAttention, local_attention, local_attention_reference
-from .layer import LayerStream, LayerTrace, NSMLayer
-from .models import NSM, ModelStream, ModelTrace, NSMConfig, SimpleNSM
-from .propagation import Propagated, StateAttention, StatePropagator
-from .routing import Routing, TokenToStateRouter, Written, read, read_write, read_write_reference, write
-from .states import Importance, Pruned, StateManager
+from nsm_support.nsm.attention import HybridAttention, local_attention, local_attention_reference
+from nsm_support.nsm.layer import LayerStream, LayerTrace, NSMLayer
+from nsm_support.nsm.models import NSM, ModelStream, ModelTrace, NSMConfig, SimpleNSM
+from nsm_support.nsm.propagation import Propagated, StateAttention, StatePropagator
+from nsm_support.nsm.routing import Routing, TokenToStateRouter, Written, read, read_write, read_write_reference, write
+from nsm_support.nsm.states import Importance, Pruned, StateManager
 
 __all__ = [
     "NSM",

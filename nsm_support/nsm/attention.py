@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..rotary import rotate
-from .states import check_choice, check_positive, check_shape
+from nsm_support.mixers.rotary import rotate
+from nsm_support.nsm.states import check_choice, check_positive, check_shape
 
 MIXES = ("gate", "sum", "fixed", "local", "read")
 

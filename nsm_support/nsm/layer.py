@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import HybridAttention
-from .propagation import Propagated, StatePropagator
-from .routing import MIN_MASS, Routing, TokenToStateRouter, write
-from .states import StateManager, check_choice, check_positive, check_shape
+from nsm_support.nsm.attention import HybridAttention
+from nsm_support.nsm.propagation import Propagated, StatePropagator
+from nsm_support.nsm.routing import MIN_MASS, Routing, TokenToStateRouter, write
+from nsm_support.nsm.states import StateManager, check_choice, check_positive, check_shape
 
 
 class LayerTrace(NamedTuple):
@@ -97,12 +97,8 @@ class NSMLayer(nn.Module):
         self.router = self.state_manager = self.propagator = None
         if mix != "local":
             self.router = TokenToStateRouter(token_dim, state_dim, num_states, num_heads, top_k, temperature)
-            self.state_manager = StateManager(
-                num_states, state_dim, max_states=max_states, importance=self.router.importance
-            )
-            self.propagator = StatePropagator(
-                state_dim, gate_type=gate_type, num_heads=num_heads if state_attention else 0
-            )
+            self.state_manager = StateManager(num_states, state_dim, max_states=max_states, importance=self.router.importance)
+            self.propagator = StatePropagator(state_dim, gate_type=gate_type, num_heads=num_heads if state_attention else 0)
         self.norm, self.ffn_norm = nn.LayerNorm(token_dim), nn.LayerNorm(token_dim)
         self.ffn = nn.Sequential(
             nn.Linear(token_dim, ffn_multiple * token_dim), nn.GELU(), nn.Linear(ffn_multiple * token_dim, token_dim)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layer import LayerStream, LayerTrace, NSMLayer
-from .states import Pruned, check_choice, check_positive, check_shape
+from nsm_support.nsm.layer import LayerStream, LayerTrace, NSMLayer
+from nsm_support.nsm.states import Pruned, check_choice, check_positive, check_shape
 
 HEADS = ("classification", "labelling", "language_model")
 POSITIONS = ("rotary", "learned", "none")
@@ -204,9 +204,7 @@ class NSM(nn.Module):
         if keep is not None and len(keep) != len(self.layers):
             raise ValueError(f"keep takes one list of indices per layer ({len(self.layers)}); got {len(keep)}")
         pruned = [
-            layer.state_manager.prune(
-                None if keep is None else keep[i], threshold=threshold, by=by, optimizer=optimizer
-            )
+            layer.state_manager.prune(None if keep is None else keep[i], threshold=threshold, by=by, optimizer=optimizer)
             for i, layer in enumerate(self._with_states())
         ]
         self._count()
@@ -234,9 +232,7 @@ class SimpleNSM(NSM):
     be given by name.
     """
 
-    def __init__(
-        self, input_dim: int, state_dim: int, num_states: int, output_dim: int, gate_type: str = "gru", **options
-    ):
+    def __init__(self, input_dim: int, state_dim: int, num_states: int, output_dim: int, gate_type: str = "gru", **options):
         defaults = {"token_dim": state_dim, "num_layers": 1}
         super().__init__(
             NSMConfig(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .states import check_choice, check_positive, check_shape
+from nsm_support.nsm.states import check_choice, check_positive, check_shape
 
 CELLS = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .states import Importance, check_positive, check_shape
+from nsm_support.nsm.states import Importance, check_positive, check_shape
 
 MIN_MASS = 1e-9
 """Least routing mass that a message is divided by: a state that no token was routed to gets the message 0."""

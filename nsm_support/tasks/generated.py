@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from .listops import WORDS, sample_expressions
-from .protocol import HELD_OUT, IGNORE, Batch, Control, Task, control, positive
+from nsm_support.tasks.listops import WORDS, sample_expressions
+from nsm_support.tasks.protocol import HELD_OUT, IGNORE, Batch, Control, Task, control, positive
 
 OPTIMUM = Control("optimum: the rule itself", 1.0, 0.0)  #: the targets follow from the inputs
 SIZES = {"validation": 500, "test": 1_000}  #: held-out examples, unless `size` says otherwise
@@ -73,8 +73,9 @@ class Generated(Task):
             kept.append(Batch(batch.inputs[mine], batch.targets[mine]))
             count, blocks = count + int(mine.sum()), blocks + 1
             if blocks == 64 and not count:
-                raise ValueError(f"{self.name}: of the few strings that its sizes allow none is for {part}; larger "
-                                 f"sizes are accepted")  # fmt: skip
+                raise ValueError(
+                    f"{self.name}: of the few strings that its sizes allow none is for {part}; larger sizes are accepted"
+                )
         return Batch(*(torch.cat(tensors)[:n] for tensors in zip(*kept, strict=True)))
 
 
@@ -116,8 +117,10 @@ class WordProblem(Generated):
     def _check(self, length, part):
         least = 1 if part == "train" else PREFIX
         if length < least:
-            raise ValueError(f"{self.name}: length = {length} in {part}; {least} or more is accepted (training holds "
-                             f"every word of fewer than {PREFIX} tokens)")  # fmt: skip
+            raise ValueError(
+                f"{self.name}: length = {length} in {part}; {least} or more is accepted (training holds "
+                f"every word of fewer than {PREFIX} tokens)"
+            )
 
     def _draw(self, generator, n, length):
         words = torch.randint(2, (n, max(length, PREFIX)), generator=generator)
@@ -174,8 +177,9 @@ class Recall(Generated):
 
     def _check(self, length, part):
         if length < 3 or length % 3 or length > 3 * self.keys:
-            raise ValueError(f"recall: length = {length} of {self.keys} keys; 3 · pairs, with 1 to {self.keys} pairs, is "
-                             f"accepted")  # fmt: skip
+            raise ValueError(
+                f"recall: length = {length} of {self.keys} keys; 3 · pairs, with 1 to {self.keys} pairs, is accepted"
+            )
 
     def _draw(self, generator, n, length):
         pairs = length // 3
@@ -211,8 +215,10 @@ class SelectiveCopying(Generated):
 
     def _check(self, length, part):
         if length < 2 * self.data:
-            raise ValueError(f"selective_copying: length = {length}; {2 * self.data} or more is accepted, room for "
-                             f"{self.data} data tokens and as many questions")  # fmt: skip
+            raise ValueError(
+                f"selective_copying: length = {length}; {2 * self.data} or more is accepted, room for "
+                f"{self.data} data tokens and as many questions"
+            )
 
     def _draw(self, generator, n, length):
         context = length - self.data

@@ -19,8 +19,7 @@ from nsm_support.data import (
     window_sampler,
 )
 from nsm_support.metrics import TABLE_LIMIT, ngram_baseline
-
-from .protocol import Batch, Control, Task, positive, score
+from nsm_support.tasks.protocol import Batch, Control, Task, positive, score
 
 SECTIONS = {"law": 5, "history": 17, "wisdom": 22, "prophets": 39, "gospels and Acts": 44, "letters and Revelation": 66}
 """The sections of the Bible, in the order of their classes, each with the number of its last book."""
@@ -109,8 +108,9 @@ class VerseSection(Data):
             else:
                 verses = [(verse, section) for verse, section in verses if verse not in known]
             if not verses:
-                raise ValueError(f"verse_section: length = {length}; every held-out verse begins as one of training, "
-                                 f"longer ones are accepted")  # fmt: skip
+                raise ValueError(
+                    f"verse_section: length = {length}; every held-out verse begins as one of training, longer ones are accepted"
+                )
             tokens = 1 + self.vocabulary.encode("".join(verse for verse, _ in verses))
             rows = pad_sequence(tokens.split([len(verse) for verse, _ in verses]), batch_first=True)
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -150,8 +150,9 @@ class CharacterText(Data):
         self.tokens, self._sampler = train, window_sampler(train, length)
         for part, tokens in zip(("validation", "test"), held_out, strict=True):
             if len(tokens) <= length:
-                raise ValueError(f"text: length = {length}; the {part} part has {len(tokens)} characters: up to "
-                                 f"{len(tokens) - 1} is accepted")  # fmt: skip
+                raise ValueError(
+                    f"text: length = {length}; the {part} part has {len(tokens)} characters: up to {len(tokens) - 1} is accepted"
+                )
             windows = tokens.unfold(0, length + 1, length)  # (windows, T + 1): the last of one is the first of the next
             windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
             self.parts[part] = Batch(windows[:, :-1], windows[:, 1:])

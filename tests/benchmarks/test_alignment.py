@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nsm_support.crystalline.alignment import align, contingency
+from nsm_support.crystalline.codes.alignment import align, contingency
 
 B, T, K, S = 20 * 32, 32, 32, 8
 SECONDS: dict[tuple[int, str], float] = {}

@@ -68,9 +68,12 @@ def case(T: int, sparsity: str, run: str, name: str):
 
         options = dict.fromkeys(("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel"), False)
         experts = SimpleNamespace(
-            num_experts=E, act_fn=F.silu, up_proj=layer.up_proj.view(E, WIDTH, D),
-            down_proj=layer.down_proj.view(D, E, WIDTH).permute(1, 0, 2), **options,
-        )  # fmt: skip
+            num_experts=E,
+            act_fn=F.silu,
+            up_proj=layer.up_proj.view(E, WIDTH, D),
+            down_proj=layer.down_proj.view(D, E, WIDTH).permute(1, 0, 2),
+            **options,
+        )
 
         def function(x):
             best = layer.route(x).scores.topk(round(MEAN[sparsity]), dim=-1)

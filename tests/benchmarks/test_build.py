@@ -16,7 +16,9 @@ import yaml
 from tests.conftest import HEAD, Checkout
 
 PAGES = [f"group/page{i}" for i in range(6)]
-PAGE = HEAD + """
+PAGE = (
+    HEAD
+    + """
 # Page {i}
 
 ```{{code-cell}} python3
@@ -43,14 +45,17 @@ for _ in range(times):
 matrix.norm().item()
 ```
 """
+)
 
 
 @pytest.fixture(scope="module")
 def times() -> int:
     """How often the matrices are multiplied in five seconds on this machine, alone on one thread."""
-    code = ("import time, torch; torch.set_num_threads(1); m = torch.randn(700, 700); t = time.perf_counter()\n"
-            "for _ in range(50): m = torch.nn.functional.normalize(m @ m)\n"
-            "print(int(5 * 50 / (time.perf_counter() - t)))")
+    code = (
+        "import time, torch; torch.set_num_threads(1); m = torch.randn(700, 700); t = time.perf_counter()\n"
+        "for _ in range(50): m = torch.nn.functional.normalize(m @ m)\n"
+        "print(int(5 * 50 / (time.perf_counter() - t)))"
+    )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
@@ -67,8 +72,9 @@ def six_pages(folder, times: int) -> Checkout:
     page = {"budget": {"quick": 60, "full": 60}, "memory": 800}
     (book / "pages.yml").write_text(yaml.safe_dump({name: page for name in PAGES}))
     chapters = [{"file": name} for name in PAGES]
-    (folder / "_toc.yml").write_text(yaml.safe_dump({"format": "jb-book", "root": "intro",
-                                                     "parts": [{"caption": "Pages", "chapters": chapters}]}))
+    (folder / "_toc.yml").write_text(
+        yaml.safe_dump({"format": "jb-book", "root": "intro", "parts": [{"caption": "Pages", "chapters": chapters}]})
+    )
     return checkout
 
 
@@ -82,9 +88,27 @@ def by_jupyter_book(checkout: Checkout) -> None:
     config["execute"] = {"execute_notebooks": "force", "timeout": 300}
     config["sphinx"]["config"].pop("html_extra_path")
     (checkout.folder / "peer.yml").write_text(yaml.safe_dump(config))
-    subprocess.run([sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "book", "--all",
-                    "--config", "peer.yml", "--toc", str(checkout.folder / "_toc.yml"), "--path-output", "peer", "-q"],
-                   cwd=checkout.folder, env=checkout.environment(), check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from jupyter_book.cli.main import main; main()",
+            "build",
+            "book",
+            "--all",
+            "--config",
+            "peer.yml",
+            "--toc",
+            str(checkout.folder / "_toc.yml"),
+            "--path-output",
+            "peer",
+            "-q",
+        ],
+        cwd=checkout.folder,
+        env=checkout.environment(),
+        check=True,
+        capture_output=True,
+    )
     for name in PAGES:  # it did run them: the norm that each one ends in is on its page
         assert 'class="output text_plain' in (checkout.folder / f"peer/_build/html/{name}.html").read_text()
 
@@ -105,7 +129,7 @@ def test_build_beside_jupyter_book(benchmark, tmp_path, times):
     began = time.perf_counter()
     assert ours.book("build", "--cores", "2")[0] == 0
     nothing = time.perf_counter() - began
-    benchmark.extra_info.update(ours=seconds, jupyter_book=peers, ratio=peers / seconds, nothing_changed=nothing,
-                                cores=os.cpu_count())
-    print(f"\nthis pipeline {seconds:.1f} s, jupyter-book {peers:.1f} s: {peers / seconds:.2f}×; "
-          f"nothing changed {nothing:.2f} s")
+    benchmark.extra_info.update(
+        ours=seconds, jupyter_book=peers, ratio=peers / seconds, nothing_changed=nothing, cores=os.cpu_count()
+    )
+    print(f"\nthis pipeline {seconds:.1f} s, jupyter-book {peers:.1f} s: {peers / seconds:.2f}×; nothing changed {nothing:.2f} s")

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
-from nsm_support.crystalline.bottleneck import Bottleneck, BottleneckConfig
-from nsm_support.crystalline.losses import commitment_loss, compression_loss
-from nsm_support.crystalline.model import CrystallineTransformer, ModelConfig
+from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig
+from nsm_support.crystalline.codes.losses import commitment_loss, compression_loss
+from nsm_support.crystalline.codes.transformer import CrystallineTransformer, ModelConfig
 
 V, D, LAYERS, HEADS, K, BATCH, T = 24, 128, 3, 4, 32, 32, 32
 STEPS = ("plain", "without bottlenecks", "ours")
@@ -118,8 +118,9 @@ def build(name: str, k: int):
     if name == "plain":
         return PlainTransformer(k), plain_losses
     bottleneck = BottleneckConfig(codebook_size=K, num_codes_k=k, lay_every=2)
-    model = CrystallineTransformer(ModelConfig(vocab_size=V, dim=D, n_layers=LAYERS, n_heads=HEADS, max_seq_len=T,
-                                               bottleneck=bottleneck))  # fmt: skip
+    model = CrystallineTransformer(
+        ModelConfig(vocab_size=V, dim=D, n_layers=LAYERS, n_heads=HEADS, max_seq_len=T, bottleneck=bottleneck)
+    )
     if name == "ours":
         return model, our_losses
     for block in model.blocks:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from nsm_support.nsm import benchmark
+from nsm_support.studies import benchmark
 
 V, D, LAYERS, HEADS = 64, 64, 2, 4
 LENGTHS = (256, 4096, 16_384)

@@ -6,7 +6,8 @@
 against the path that transformers' Mamba-2 takes on a CPU, at the default chunk of each (64 and 256), batch 1, 8 heads of
 64, states 128 wide. `mixer`: `MambaBlock` against mambapy's and transformers', batch 8, tokens 64 wide; the loop over
 tokens of transformers is at least quadratic in the length under autograd, so it stops at 256 tokens. In each all compute
-the same function (tests/test_scan.py, tests/test_mamba.py). Time is what the processor spends on this process, which other
+the same function (tests/support/test_scan.py, tests/support/test_mamba.py).
+Time is what the processor spends on this process, which other
 work on the machine disturbs least; ratios are of the fastest rounds. Memory is what a fresh process grows by in one pass,
 inputs not counted (`costs.peak_memory`).
 """
@@ -18,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from nsm_support import costs
-from nsm_support.mamba import MambaBlock
-from nsm_support.scan import selective_scan, ssd_scan
+from nsm_support.mixers.mamba import MambaBlock
+from nsm_support.mixers.scan import selective_scan, ssd_scan
 
 PASSES = ("forward", "forward and backward")
 NAMES = {  # peers first: the ratios of ours are taken against them

@@ -18,7 +18,9 @@ import pytest
 from tests.conftest import HEAD, Checkout
 
 IMPORTS = "import plotly.graph_objects\nimport seaborn\nimport torch"
-PAGE = HEAD + """
+PAGE = (
+    HEAD
+    + """
 # A page
 
 ```{{code-cell}} python3
@@ -31,6 +33,7 @@ seed: int = 0  # of nothing
 {imports}
 ```
 """
+)
 KERNEL = """
 import time
 from jupyter_client.manager import start_new_kernel
@@ -57,6 +60,7 @@ def checkout(folder, runs: int, imports: str = "") -> Checkout:
 
 def timed(work) -> tuple[float, float]:
     """Wall seconds, and processor seconds of all processes that were started."""
+
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
@@ -93,8 +97,10 @@ def test_run_beside_a_bare_kernel(benchmark, tmp_path):
     kernel, kernel_busy = timed(lambda: subprocess.run(bare, check=True, env=made.environment()))
     ours, ours_busy = benchmark.pedantic(lambda: timed(lambda: sweep(made, 1)), rounds=1, iterations=1)
     benchmark.extra_info.update(run=ours / runs, kernel=kernel / runs, ratio=ours / kernel, processor=ours_busy / kernel_busy)
-    print(f"\na run {ours / runs:.2f} s, a bare kernel {kernel / runs:.2f} s: {ours / kernel:.2f}×; "
-          f"of processor time {ours_busy / kernel_busy:.2f}×")
+    print(
+        f"\na run {ours / runs:.2f} s, a bare kernel {kernel / runs:.2f} s: {ours / kernel:.2f}×; "
+        f"of processor time {ours_busy / kernel_busy:.2f}×"
+    )
     assert ours / kernel <= 1.5
 
 
@@ -102,17 +108,22 @@ def test_run_beside_a_bare_kernel(benchmark, tmp_path):
 def test_two_hundred_runs_beside_a_loop_over_papermill(benchmark, tmp_path):
     runs, looped, made = 200, 20, checkout(tmp_path, 200)
     jupytext.write(jupytext.read(made.folder / "book/group/first.md"), tmp_path / "page.ipynb")
-    loop = (f"for seed in $(seq {looped}); do {sys.executable} -m papermill --no-progress-bar -p seed $seed page.ipynb "
-            f"out-$seed.ipynb; done")
+    loop = (
+        f"for seed in $(seq {looped}); do {sys.executable} -m papermill --no-progress-bar -p seed $seed page.ipynb "
+        f"out-$seed.ipynb; done"
+    )
     with two_cores():
         ours, busy = benchmark.pedantic(lambda: timed(lambda: sweep(made, 2)), rounds=1, iterations=1)
-    peer, _ = timed(lambda: subprocess.run(["bash", "-ec", loop], cwd=tmp_path, env=made.environment(), check=True,
-                                           capture_output=True))
+    peer, _ = timed(
+        lambda: subprocess.run(["bash", "-ec", loop], cwd=tmp_path, env=made.environment(), check=True, capture_output=True)
+    )
     assert whole(made) == runs and len(list(tmp_path.glob("out-*.ipynb"))) == looped
     share = busy / (2 * ours)
     benchmark.extra_info.update(seconds=ours, run=ours / runs, papermill_run=peer / looped, busy=share)
-    print(f"\n{runs} runs on 2 cores {ours:.0f} s, {ours / runs:.2f} s a run, cores {share:.0%} busy; "
-          f"a loop over papermill {peer / looped:.2f} s a run: {peer / looped / (ours / runs):.2f}×")
+    print(
+        f"\n{runs} runs on 2 cores {ours:.0f} s, {ours / runs:.2f} s a run, cores {share:.0%} busy; "
+        f"a loop over papermill {peer / looped:.2f} s a run: {peer / looped / (ours / runs):.2f}×"
+    )
     assert share >= 0.85
 
 

@@ -1,18 +1,25 @@
 """Machines that make data whose states are known, and the best that any model can do on each.
 
-`make_machine(name)` builds one, `sample_batch(generator, batch_size, length)` draws from it. Generators (fsm, ambiguous,
-tokfsm) are predicted token by token; transducers (the others) are asked for the output of the state after each token.
+`make_machine(name)` builds one, `sample_batch(generator, batch_size, length)` draws from it. Hidden Markov models (fsm,
+ambiguous, tokfsm) are predicted token by token; transducers (the others) are asked for the output of the state after each token.
 """
 
 import difflib
 from collections.abc import Callable
 from functools import partial
 
-from .filtering import Beliefs, Optimum, beliefs, controls, optimum, predict, predictive_automaton
-from .generators import AmbiguousFSM, FiniteStateMachine, FirstTransition, FSMConfig, Generator, TokFSM
-from .protocol import UNASKED, UNDEFINED, Automaton, Machine, Process, Sample
-from .structure import Survey, refine, stationary, survey, table_edges
-from .transducers import TOMITA, Transducer, modular_counter, permutation_group, tomita
+from nsm_support.crystalline.automata.filtering import Beliefs, Optimum, beliefs, controls, optimum, predict, predictive_automaton
+from nsm_support.crystalline.automata.hidden_markov import (
+    AmbiguousFSM,
+    FiniteStateMachine,
+    FirstTransition,
+    FSMConfig,
+    HiddenMarkovModel,
+    TokFSM,
+)
+from nsm_support.crystalline.automata.machines import UNASKED, UNDEFINED, Automaton, Machine, Process, Sample
+from nsm_support.crystalline.automata.structure import Survey, refine, stationary, survey, table_edges
+from nsm_support.crystalline.automata.transducers import TOMITA, Transducer, modular_counter, permutation_group, tomita
 
 MACHINES: dict[str, Callable[[], Machine]] = {
     "fsm": lambda: FiniteStateMachine(FSMConfig(num_states=8, tokens_per_state=3, vocab_size=24, seed=42)),
@@ -35,7 +42,7 @@ __all__ = [
     "FSMConfig",
     "FiniteStateMachine",
     "FirstTransition",
-    "Generator",
+    "HiddenMarkovModel",
     "Machine",
     "Optimum",
     "Process",
@@ -67,6 +74,8 @@ def make_machine(name: str) -> Machine:
     """
     if name not in MACHINES:
         near = difflib.get_close_matches(str(name), MACHINES, n=1)
-        raise ValueError(f"make_machine: {name!r} is no machine; accepted are {', '.join(MACHINES)}"
-                         + (f"; did you mean {near[0]!r}?" if near else ""))  # fmt: skip
+        raise ValueError(
+            f"make_machine: {name!r} is no machine; accepted are {', '.join(MACHINES)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     return MACHINES[name]()

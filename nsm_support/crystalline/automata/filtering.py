@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsm_support.crystalline.automata.machines import UNDEFINED, Automaton, Machine, check_size
+from nsm_support.crystalline.automata.transducers import Transducer
 from nsm_support.tasks import Control
-
-from .protocol import UNDEFINED, Automaton, Machine, check_size
-from .transducers import Transducer
 
 BELIEF_LIMIT = 20_000
 """Most beliefs that are enumerated. A machine with more has its optimum from `predict` on a sample."""
@@ -36,8 +35,10 @@ def predict(machine: Machine, tokens: Tensor) -> Tensor:
         total = belief.sum(1, keepdim=True)
         if not (total > 0).all():
             row = int((total <= 0).flatten().nonzero()[0])
-            raise ValueError(f"predict: {machine.name} cannot make string {row}: no state that its first {t} tokens leave "
-                             f"possible emits the token {int(token[row])}")  # fmt: skip
+            raise ValueError(
+                f"predict: {machine.name} cannot make string {row}: no state that its first {t} tokens leave "
+                f"possible emits the token {int(token[row])}"
+            )
         belief = belief / total
         logs.append((belief @ process.readout).log())
     return torch.stack(logs, 1)
@@ -80,8 +81,10 @@ def beliefs(machine: Machine, length: int | None = None) -> Beliefs:
                     found.append(belief)
                 following[row, token] = numbers[key]
             if len(found) > BELIEF_LIMIT:
-                raise ValueError(f"beliefs: {machine.name} has more than {BELIEF_LIMIT:,} beliefs after {depth} tokens; "
-                                 f"a shorter length is accepted, and `predict` scores samples of any")  # fmt: skip
+                raise ValueError(
+                    f"beliefs: {machine.name} has more than {BELIEF_LIMIT:,} beliefs after {depth} tokens; "
+                    f"a shorter length is accepted, and `predict` scores samples of any"
+                )
             probability.append(total)
             transition.append(following)
         frontier = known
@@ -137,10 +140,13 @@ def controls(machine: Machine, length: int) -> list[Control]:
     shares, entropy = joint.sum(0), torch.special.entr
     return [
         Control("chance: the commonest target", shares.max().item(), entropy(shares).sum().item()),
-        Control("counter: the last token", joint.max(1).values.sum().item(),
-                (entropy(joint).sum() - entropy(joint.sum(1)).sum()).item()),
+        Control(
+            "counter: the last token",
+            joint.max(1).values.sum().item(),
+            (entropy(joint).sum() - entropy(joint.sum(1)).sum()).item(),
+        ),
         Control("optimum: forward filtering", best.accuracy.mean().item(), best.cross_entropy.mean().item()),
-    ]  # fmt: skip
+    ]
 
 
 def predictive_automaton(machine: Machine) -> Automaton:

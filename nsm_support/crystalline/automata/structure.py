@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .protocol import Machine, Process
-from .transducers import Transducer
+from nsm_support.crystalline.automata.machines import Machine, Process
+from nsm_support.crystalline.automata.transducers import Transducer
 
 RARE = 0.1
 """Below this share of the even share 1/S a state is practically unvisited."""
@@ -85,8 +85,12 @@ def classes_alike(machine: Machine) -> Tensor:
 
 def table_edges(transition: Tensor) -> list[tuple[int, int, int, float]]:
     """The edges of a table [S, V]; a negative entry is none."""
-    return [(state, token, target, 1.0) for state, row in enumerate(transition.tolist())
-            for token, target in enumerate(row) if target >= 0]  # fmt: skip
+    return [
+        (state, token, target, 1.0)
+        for state, row in enumerate(transition.tolist())
+        for token, target in enumerate(row)
+        if target >= 0
+    ]
 
 
 def survey(machine: Machine, length: int) -> Survey:

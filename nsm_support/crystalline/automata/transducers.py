@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from nsm_support.crystalline.automata.machines import Machine, Process, Sample, check_size
 from nsm_support.tasks import WordProblem
-
-from .protocol import Machine, Process, Sample, check_size
 
 CLOSED_SHARE = 1 / 3
 """Share of all positions that states without a way out are to hold (see `Transducer`)."""

@@ -1,0 +1,1 @@
+"""Discrete codes: the bottleneck, a transformer whose sublayers pass it, and how codes align with states."""

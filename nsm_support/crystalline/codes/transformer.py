@@ -1,0 +1,137 @@
+"""A causal transformer whose attention and MLP outputs pass a discrete bottleneck.
+
+Letters: B batch, T tokens, D width, H heads, V vocabulary, K codes. Pre-norm blocks, positions that are rotary or learned,
+and an embedding that is not tied to the head.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig
+from nsm_support.crystalline.codes.schedules import temperature_at
+from nsm_support.mixers.rotary import rotate
+
+Positions = Literal["rotary", "learned"]
+POSITIONS = get_args(Positions)
+
+Info = dict[str, dict[str, Tensor]]
+"""What the two bottlenecks of a block did: "attn" and "mlp", each as `Bottleneck.forward` tells it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Sizes of a transformer. Raises ValueError for sizes that do not fit, naming them."""
+
+    vocab_size: int  #: V
+    dim: int = 128  #: D
+    n_layers: int = 3
+    n_heads: int = 4  #: H; the width of a head, D/H, is even
+    max_seq_len: int = 256  #: the longest sequence accepted
+    dropout: float = 0.0  #: of attention and MLP outputs, before the bottleneck
+    bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
+    bypass: bool = True  #: whether a residual connection leads around each bottleneck
+    positions: Positions = "rotary"  #: distances inside attention, or a vector added for each place
+    embedding_std: float = 1.0  #: of the token vectors at the start: the smaller, the sooner tokens of one use come together
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ModelConfig: {name} = {getattr(self, name)!r}; at least 1 is accepted")
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(f"ModelConfig: dim = {self.dim}, n_heads = {self.n_heads}; a multiple of 2 n_heads is accepted")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"ModelConfig: positions = {self.positions!r}; {' or '.join(map(repr, POSITIONS))} is accepted")
+        if not 0 <= self.dropout < 1 or not self.embedding_std > 0:
+            raise ValueError(
+                f"ModelConfig: dropout = {self.dropout!r}, embedding_std = {self.embedding_std!r}; 0 to below 1, "
+                f"and above 0, are accepted"
+            )
+
+
+class Block(nn.Module):
+    """Causal self-attention, then an MLP, each through a bottleneck Q: x + Q(f(x)), or Q(x + f(x)) without bypass."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D = config.dim
+        self.n_heads, self.bypass, self.positions = config.n_heads, config.bypass, config.positions
+        self.attn_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.dropout = nn.Dropout(config.dropout)
+        self.attn_bottleneck, self.mlp_bottleneck = (Bottleneck(D, config.bottleneck) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Info]:
+        """x [B,T,D] → [B,T,D], and what the bottlenecks did."""
+        x, attn = self._through(self.attn_bottleneck, x, self._attention(x))
+        x, mlp = self._through(self.mlp_bottleneck, x, self._mlp(x))
+        return x, {"attn": attn, "mlp": mlp}
+
+    def _through(self, bottleneck: Bottleneck, x: Tensor, change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.bypass:  # what comes after knows the codes and nothing else
+            return bottleneck(x + change)
+        codes, info = bottleneck(change)
+        return x + codes, info
+
+    def _attention(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.attn_norm(x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D/H)
+        q, k, v = qkv
+        if self.positions == "rotary":
+            q, k = rotate(qkv[:2])
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))))
+
+
+class CrystallineTransformer(nn.Module):
+    """Predicts a class at every token from the tokens so far."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        nn.init.normal_(self.embedding.weight, std=config.embedding_std)
+        if config.positions == "learned":
+            self.places = nn.Parameter(torch.empty(config.max_seq_len, config.dim).normal_(std=config.embedding_std))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, config.vocab_size)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Info]]:
+        """Tokens [B,T] → logits [B,T,V], and what the bottlenecks of each block did.
+
+        Raises:
+            ValueError: if tokens are not [B,T], or T passes `max_seq_len`.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] > self.config.max_seq_len:
+            raise ValueError(
+                f"CrystallineTransformer: tokens {list(tokens.shape)}; [B, T] of at most T = "
+                f"{self.config.max_seq_len} (max_seq_len) are accepted"
+            )
+        x, infos = self.embedding(tokens), []
+        if self.config.positions == "learned":
+            x = x + self.places[: tokens.shape[1]]
+        for block in self.blocks:
+            x, info = block(x)
+            infos.append(info)
+        return self.head(self.norm(x)), infos
+
+    def bottlenecks(self) -> Iterator[tuple[str, Bottleneck]]:
+        """Every bottleneck in forward order, under names such as "block 0, attn"."""
+        for i, block in enumerate(self.blocks):
+            yield f"block {i}, attn", block.attn_bottleneck
+            yield f"block {i}, mlp", block.mlp_bottleneck
+
+    def anneal(self, progress: float) -> None:
+        """Set every temperature to what the schedule says after a share of the training, 0 … 1; a learned one stays."""
+        config = self.config.bottleneck
+        if config.schedule != "learned":
+            temperature = temperature_at(progress, config.schedule, config.temp_init, config.temp_min)
+            for _, bottleneck in self.bottlenecks():
+                bottleneck._temperature.fill_(temperature)

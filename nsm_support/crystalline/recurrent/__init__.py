@@ -1,0 +1,1 @@
+"""A recurrent machine whose state is one code, and its training."""

@@ -1,0 +1,1 @@
+"""Studies: one training, measured, for every thread. Only pages import these."""

@@ -1,0 +1,323 @@
+"""Baselines: heads, learning, causality, streaming, and each against an independent computation of the same."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nsm_support.data import to_patches
+from nsm_support.mixers import baselines
+from nsm_support.mixers.baselines import (
+    BASELINES,
+    BaselineConfig,
+    Recurrent,
+    SmallCNN,
+    Transformer,
+    TransformerLayer,
+    count_parameters,
+    match_parameters,
+)
+
+HEADS = ("classification", "labelling", "language_model")
+SMALL = {"width": 16, "num_heads": 2, "output_dim": 5}
+TOKENS, VECTORS = {"vocab_size": 40}, {"input_dim": 3}
+EVERY = [("Transformer", False), *((name, True) for name in BASELINES)]
+TASKS = [
+    pytest.param(kind, head, id=f"{what}-{head}")
+    for what, kind in (("tokens", TOKENS), ("vectors", VECTORS))
+    for head in HEADS
+    if kind == TOKENS or head != "language_model"
+]
+
+
+def make(name, seed=0, **options):
+    torch.manual_seed(seed)
+    if options.get("head") == "language_model":
+        options["output_dim"] = None
+    return BASELINES[name](BaselineConfig(**(SMALL | options)))
+
+
+def draw(shape, kind, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    if kind == TOKENS:
+        return torch.randint(40, shape, generator=generator)
+    return torch.randn(*shape, 3, generator=generator, dtype=dtype)
+
+
+def train(model, inputs, targets, steps, rate=1e-2):
+    """Loss before and after."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), rate), []
+    for _ in range(steps + 1):
+        losses.append(F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return losses[0].item(), losses[-1].item()
+
+
+@pytest.mark.parametrize(("kind", "head"), TASKS)
+@pytest.mark.parametrize(("name", "causal"), EVERY)
+def test_every_model_learns_32_samples_by_heart(name, causal, kind, head):
+    if head == "language_model":
+        causal = True  # all else is refused, see below
+    model = make(name, head=head, causal=causal, **kind)
+    classes = 40 if head == "language_model" else 5
+    inputs = draw((32, 4), kind)
+    if kind == TOKENS:
+        inputs[:, 0] = torch.arange(32)  # so that every prefix is another
+    shape = (32,) if head == "classification" else (32, 4)
+    targets = torch.randint(classes, shape, generator=torch.Generator().manual_seed(1))
+    before, after = train(model, inputs, targets, steps=75, rate=2e-2)
+    assert before > 0.7 * math.log(classes) and after < 0.1 * math.log(classes), (before, after)
+
+
+@pytest.mark.parametrize(("kind", "head"), TASKS)
+@pytest.mark.parametrize("T", [1, 2, 63])
+@pytest.mark.parametrize("name", BASELINES)
+def test_outputs_have_the_shape_that_the_head_says(name, T, kind, head):
+    out = make(name, head=head, causal=True, **kind)(draw((2, T), kind))
+    assert out.shape == {"classification": (2, 5), "labelling": (2, T, 5), "language_model": (2, T, 40)}[head]
+    assert out.isfinite().all()
+
+
+def changes_before(model, inputs, t):
+    """Whether outputs before token t hear it, and whether the output at t does."""
+    changed = inputs.clone()
+    changed[:, t] = (changed[:, t] + 1) % 40
+    before, after = model(inputs), model(changed)
+    return not torch.equal(before[:, :t], after[:, :t]), not torch.equal(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize("t", [1, 11, 22])
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_causal_model_does_not_hear_what_is_to_come(name, t):
+    inputs = draw((2, 23), TOKENS)
+    assert changes_before(make(name, head="language_model", causal=True, **TOKENS), inputs, t) == (False, True)
+    bidirectional = make(name, head="labelling", causal=False, **TOKENS)
+    assert changes_before(bidirectional, inputs, t) == (name == "Transformer", True)
+
+
+@pytest.mark.parametrize(("kind", "head"), TASKS)
+@pytest.mark.parametrize("name", BASELINES)
+def test_streaming_equals_the_full_pass_over_every_prefix(name, head, kind, monkeypatch):
+    monkeypatch.setattr(baselines, "ROOM", 4)  # so that the cache grows on the way
+    model = make(name, head=head, causal=True, positions="learned", max_length=13, **kind).double()
+    inputs = draw((2, 13), kind, dtype=torch.float64)
+
+    def follow(stream, start):
+        for t in range(start, 13):
+            out, stream = model.step(inputs[:, t], stream)
+            full = model(inputs[:, : t + 1])
+            torch.testing.assert_close(out, full if head == "classification" else full[:, -1], rtol=1e-10, atol=1e-12)
+        assert stream.position == 13
+
+    follow(model.start(2), 0)
+    for start in (1, 7, 13):
+        outputs, stream = model.prefill(inputs[:, :start])
+        torch.testing.assert_close(outputs, model(inputs[:, :start]), rtol=1e-10, atol=1e-12)
+        follow(stream, start)
+
+
+def test_a_cache_grows_by_blocks_and_keeps_what_it_holds():
+    model = make("Transformer", causal=True, **TOKENS)
+    _, stream = model.prefill(draw((2, 5), TOKENS))
+    assert stream.layers[0].keys.shape == (2, 2, 5 + baselines.ROOM, 8)
+    _, after = model.step(torch.tensor([1, 2]), stream)
+    assert after.layers[0].keys is stream.layers[0].keys and after.layers[0].length == 6
+    assert not any(x.requires_grad for x in after.layers[0][:2])
+
+
+def test_streaming_is_refused_where_the_model_looks_ahead():
+    with pytest.raises(ValueError, match="streaming takes a causal model; this Transformer has causal=False"):
+        make("Transformer", **TOKENS).start(1)
+    make("LSTM", **TOKENS).start(1)
+
+
+@pytest.mark.parametrize("head", HEADS[:2])
+@pytest.mark.parametrize(("name", "causal"), EVERY)
+def test_padding_changes_nothing(name, causal, head):
+    model = make(name, head=head, causal=causal, **VECTORS).double()
+    inputs, lengths = draw((2, 9), VECTORS, dtype=torch.float64), torch.tensor([9, 5])
+    out = model(inputs, torch.arange(9) < lengths[:, None])
+    for b, length in enumerate(lengths):
+        alone = model(inputs[b : b + 1, :length])[0]
+        torch.testing.assert_close(out[b] if head == "classification" else out[b, :length], alone)
+    assert (head == "labelling" and causal) or not torch.allclose(out, model(inputs))
+    for wrong in (torch.ones(2, 8, dtype=torch.bool), torch.ones(2, 9)):
+        with pytest.raises(ValueError, match=r"mask is \[B,T\] bool, here \[2, 9\]; got"):
+            model(inputs, wrong)
+
+
+def turned(x, position):
+    """x [K] at a position, by 2 × 2 rotation matrices: pair i by the angle position · 10000^(−2i/K)."""
+    pairs = []
+    for i, pair in enumerate(x.view(-1, 2)):
+        angle = position * 10_000 ** (-2 * i / len(x))
+        pairs.append(torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ pair)
+    return torch.cat(pairs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_transformer_layer_is_what_the_equations_say(causal):
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        layer, tokens = TransformerLayer(8, 2, causal), torch.randn(7, 8)
+        u = F.layer_norm(tokens, (8,))
+        q, k, v = (u @ w.T for w in layer.qkv.weight.chunk(3))
+        heard = torch.zeros(7, 8)
+        for head in (slice(0, 4), slice(4, 8)):
+            for t in range(7):
+                seen = range(t + 1 if causal else 7)
+                logits = torch.stack([turned(q[t, head], t) @ turned(k[s, head], s) for s in seen]) / 2
+                heard[t, head] = logits.softmax(0) @ v[: len(seen), head]
+        middle = tokens + layer.out(heard)
+        wide = F.linear(F.layer_norm(middle, (8,)), layer.ffn[0].weight, layer.ffn[0].bias)
+        out = middle + layer.ffn[2](0.5 * wide * (1 + torch.erf(wide / 2**0.5)))
+        torch.testing.assert_close(layer(tokens[None])[0], out)
+        # and in it, attention hears of positions their distance alone: a stream may start anywhere
+        q, k, _ = layer._project(tokens[None])
+        q_late, k_late, _ = layer._project(tokens[None], 100_000)
+        torch.testing.assert_close(q_late @ k_late.mT, q @ k.mT, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(layer._project(tokens[None], 1)[0] @ k.mT, q @ k.mT)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_rotary_positions_a_transformer_layer_is_the_one_of_torch(causal, monkeypatch):
+    monkeypatch.setattr(baselines, "rotate", lambda x, start=0: x)
+    layer = TransformerLayer(8, 2, causal).double()
+    peer = nn.TransformerEncoderLayer(8, 2, 32, 0.0, "gelu", batch_first=True, norm_first=True).double()
+    given = layer.state_dict()
+    names = {"norm1": "norm", "norm2": "ffn_norm", "self_attn.out_proj": "out", "linear1": "ffn.0", "linear2": "ffn.2"}
+    copied = {f"{peer}.{part}": given[f"{ours}.{part}"] for peer, ours in names.items() for part in ("weight", "bias")}
+    copied |= {"self_attn.in_proj_weight": given["qkv.weight"], "self_attn.in_proj_bias": torch.zeros(24).double()}
+    peer.load_state_dict(copied)
+    tokens = torch.randn(3, 11, 8, dtype=torch.float64)
+    hidden = nn.Transformer.generate_square_subsequent_mask(11, dtype=torch.float64) if causal else None
+    torch.testing.assert_close(layer(tokens), peer(tokens, hidden))
+
+
+@pytest.mark.parametrize(("cell", "step"), [("lstm", nn.LSTMCell), ("gru", nn.GRUCell)])
+def test_a_recurrent_model_is_its_cell_walked_over_the_tokens(cell, step):
+    model = Recurrent(BaselineConfig(width=6, num_layers=2, output_dim=4, vocab_size=9), cell).double()
+    inputs = torch.randint(9, (3, 7))
+    tokens = list(model.embed(inputs).unbind(1))
+    for layer in (0, 1):
+        alone = step(6, 6).double()
+        alone.load_state_dict({name: getattr(model.layers[0].rnn, f"{name}_l{layer}") for name in alone.state_dict()})
+        state = None
+        for t, token in enumerate(tokens):
+            state = alone(token, state)
+            tokens[t] = state[0] if cell == "lstm" else state
+    pooled = torch.stack([F.layer_norm(token, (6,)) for token in tokens]).mean(0)
+    torch.testing.assert_close(model(inputs), pooled @ model.head.weight.T + model.head.bias)
+    assert type(model.layers[0].rnn) is {"lstm": nn.LSTM, "gru": nn.GRU}[cell]
+
+
+def test_a_mamba_model_adds_its_blocks_to_the_normed_tokens():
+    model = make("Mamba", num_layers=3, state_dim=5, **VECTORS)
+    assert len(model.layers) == 3 and model.start(2).layers[0].state.shape == (2, 32, 5)
+    inputs = draw((2, 7), VECTORS)
+    tokens = model.embed(inputs)
+    for layer in model.layers:
+        tokens = tokens + layer.block(F.layer_norm(tokens, (16,)))
+    torch.testing.assert_close(model(inputs), model.head(F.layer_norm(tokens, (16,)).mean(1)))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_learned_positions_tell_the_order_and_end(name):
+    model = make(name, positions="learned", max_length=4, **TOKENS)
+    with torch.no_grad():
+        model.position.copy_(torch.randn(4, 16))
+    same = torch.full((1, 3), 7)
+    torch.testing.assert_close(model._embed(same)[0], model.embed.weight[7] + model.position[:3])
+    with pytest.raises(ValueError, match=r"learned positions end at max_length \(4\); got 5 tokens"):
+        model(torch.zeros(1, 5, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "give one of input_dim .vectors. and vocab_size .token numbers.; got None and None"),
+        (TOKENS | VECTORS, "got 3 and 40"),
+        (TOKENS | {"head": "regression"}, "head is one of 'classification', 'labelling', 'language_model'; got 'regression'"),
+        (TOKENS | {"positions": "rotary"}, "positions is one of 'none', 'learned'; got 'rotary'"),
+        (TOKENS | {"positions": "learned"}, "learned positions take max_length"),
+        (TOKENS | {"output_dim": None}, "head 'classification' takes output_dim"),
+        (TOKENS | {"head": "language_model", "output_dim": None}, "a language model takes vocab_size and causal=True"),
+        (VECTORS | {"head": "language_model", "causal": True}, "a language model takes vocab_size and causal=True"),
+        (TOKENS | {"head": "language_model", "causal": True}, r"predicts vocab_size \(40\) tokens; got 5"),
+        (TOKENS | {"width": 0}, "width is at least 1; got 0"),
+        (TOKENS | {"num_layers": 0}, "num_layers is at least 1; got 0"),
+        (TOKENS | {"num_heads": 3}, r"width \(16\) is no multiple of 2·num_heads \(6\)"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        Transformer(BaselineConfig(**(SMALL | options)))
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="cell is one of 'lstm', 'gru'; got 'rnn'"):
+        Recurrent(BaselineConfig(**SMALL, **TOKENS), "rnn")
+    numbers, vectors = make("GRU", **TOKENS), make("GRU", **VECTORS)
+    for model, shape in ((numbers, (2, 3, 3)), (numbers, (2, 0)), (vectors, (2, 3, 4)), (vectors, (2, 3)), (vectors, (2, 0, 3))):
+        with pytest.raises(ValueError, match=r"inputs are .* at least one token; got shape \[2, "):
+            model(torch.zeros(shape, dtype=torch.long if model is numbers else None))
+
+
+def test_the_small_cnn_reads_images_and_patches_alike_and_learns_them_by_heart():
+    torch.manual_seed(0)
+    model, images, labels = SmallCNN(4), torch.rand(32, 28, 28), torch.arange(32) % 10
+    for size in (1, 4, 7):
+        assert torch.equal(model(to_patches(images, size)), model(images))
+    assert not torch.allclose(model(to_patches(images, 4).flip(1)), model(images))
+    assert count_parameters(model) == 4 * 26 + 8 * (4 * 25 + 1) + 10 * (8 * 49 + 1)
+    before, after = train(model, images, labels, steps=60)
+    assert before > 2 and after < 0.2
+    for shape in ((2, 27, 28), (2, 49, 9), (2, 28)):
+        with pytest.raises(ValueError):
+            model(torch.zeros(shape))
+    with pytest.raises(ValueError, match="side a multiple of 4; got width 4 and side 30"):
+        SmallCNN(4, side=30)
+
+
+def test_parameters_are_counted_by_hand():
+    assert count_parameters(make("LSTM", num_layers=2, **VECTORS)) == 3 * 16 + 16 + 2 * 4 * 16 * (32 + 2) + 32 + 17 * 5
+    layer = 4 * 16 * 16 + 16 + 2 * 4 * 16 * 16 + 64 + 16 + 4 * 16
+    assert count_parameters(make("Transformer", **TOKENS)) == 40 * 16 + 2 * layer + 32 + 17 * 5
+    wide = make("Transformer", ffn_multiple=6, num_layers=3, **TOKENS)
+    assert count_parameters(wide) == 40 * 16 + 3 * (layer + 2 * 2 * 16 * 16 + 2 * 16) + 32 + 17 * 5
+    frozen = make("Transformer", **TOKENS)
+    frozen.embed.requires_grad_(False)
+    assert count_parameters(frozen) == 2 * layer + 32 + 17 * 5
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_width_with_the_nearest_number_of_parameters_is_found(name):
+    def build(width):
+        return BASELINES[name](BaselineConfig(width=width, num_heads=2, output_dim=5, vocab_size=40))
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    widths = range(8, 65, 4)
+    wanted = count_parameters(build(40)) + 100
+    torch.set_rng_state(state)
+    width, model = match_parameters(build, wanted, iter(widths))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert width == 40 and abs(count_parameters(model) - wanted) == 100
+    same = build(40)  # under the same random state
+    for ours, theirs in zip(model.parameters(), same.parameters(), strict=True):
+        assert ours.device.type == "cpu" and torch.equal(ours, theirs)
+
+
+def test_a_number_of_parameters_that_no_width_comes_near_to_is_refused():
+    assert match_parameters(lambda n: nn.Linear(n, 1, bias=False), 100, [95, 60])[0] == 95
+    with pytest.raises(ValueError, match="100 parameters within 5 %; nearest is width 94 with 94, of 2 widths from 60 to 94"):
+        match_parameters(lambda n: nn.Linear(n, 1, bias=False), 100, [60, 94])
+    with pytest.raises(ValueError, match="no width was given"):
+        match_parameters(lambda n: nn.Linear(n, 1), 100, [])

@@ -1,0 +1,323 @@
+"""Sidecars and gates as the pages run them: equal runs, equal means, equal batches, nothing leaked, the interval."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nsm_support.blockffn.gates import Gate
+from nsm_support.blockffn.hybrid import GatedHybridLayer, detach
+from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
+from nsm_support.studies import gate_comparison as gating
+from nsm_support.studies import sidecars
+from nsm_support.studies.corpus import load_corpus, save_trained
+from nsm_support.studies.gate_comparison import GateRun, InvertedGate, compare_gate, layer_passes, make_gate
+from nsm_support.studies.sidecars import (
+    Material,
+    Mixture,
+    SidecarRun,
+    SweepRun,
+    attach_all,
+    evenly,
+    load,
+    load_sidecars,
+    make_sidecars,
+    mixed,
+    model_pass,
+    pieces,
+    save_sidecars,
+    score,
+    sweep,
+    train_sidecars,
+)
+
+MAMBA, T = {"state_dim": 4, "expand": 1}, 24
+
+
+def make(seed, layers=2):
+    sizes = {"vocab_size": 270, "hidden_size": 16, "num_hidden_layers": layers, "num_experts": 6, "expert_size": 4}
+    torch.manual_seed(seed)
+    return BlockFFNModel(BlockFFNConfig(**sizes, num_attention_heads=2))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A text, two base models and one with a single layer, and sidecars for all of them."""
+    folder = tmp_path_factory.mktemp("gating")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), 5)) for _ in range(50)]
+    (folder / "text.txt").write_text("\n\n".join(" ".join(rng.choice(words, 120)) + "." for _ in range(600)))
+    tokenizer = load_corpus(folder / "text.txt", vocab_size=270).tokenizer
+    models = {0: make(0), 1: make(1)}
+    save_trained(folder / "models.pt", models, tokenizer)
+    save_trained(folder / "single.pt", {0: make(0, layers=1)}, tokenizer)
+    save_sidecars(folder / "single_sidecars.pt", {(0, 5): make_sidecars(make(0, layers=1), 5, MAMBA)}, MAMBA)
+    save_sidecars(folder / "sidecars.pt", {(base, 5): make_sidecars(models[base], 5, MAMBA) for base in models}, MAMBA)
+    return folder
+
+
+@pytest.fixture
+def material(store):
+    return Material(models=str(store / "models.pt"), text=str(store / "text.txt"), window=T)
+
+
+@pytest.fixture
+def run(store, material):
+    path = str(store / "sidecars.pt")
+    return GateRun(material=material, sidecars=path, base=0, seed=5, mode="routing_hard", steps=3, learning_rate=1e-2)
+
+
+@pytest.fixture
+def single(store, run):
+    """One layer: what its gate hears does not depend on what gates did before."""
+    material = replace(run.material, models=str(store / "single.pt"))
+    return replace(run, material=material, sidecars=str(store / "single_sidecars.pt"), steps=0)
+
+
+def test_windows_are_the_beginnings_of_whole_chapters(material):
+    corpus, text = load_corpus(material.text, tokenizer=load(material).tokenizer), pieces(material)
+    assert torch.equal(text.test[:, 0], torch.stack([chapter[: T + 1] for chapter in corpus.tokens.test]))
+    more = pieces(replace(material, windows=3)).test  # (C, 3, T + 1)
+    assert torch.equal(more[:, 0], text.test[:, 0]) and torch.equal(more[:, 1:, 0], more[:, :-1, -1])
+    assert torch.equal(more[2, 2], corpus.tokens.test[2][2 * T : 3 * T + 1])
+    assert torch.equal(text.stream, corpus.train) and len(text.train) == len(corpus.tokens.train)
+    few = pieces(replace(material, chapters=2))
+    assert torch.equal(few.test, text.test[[0, -1]]) and torch.equal(few.train, text.train[[0, -1]])
+    assert evenly(torch.arange(9), 3).tolist() == [0, 4, 8] and evenly(torch.arange(2), 5).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="no chapter has the 1000001 tokens"):
+        pieces(replace(material, window=10**6))
+
+
+def test_score_is_the_mean_loss_of_every_token_but_the_first(material):
+    model, windows = load(material).models[0], pieces(replace(material, windows=2)).test
+    scored = score(model, windows)
+    for chapter, nats in zip(windows[:2], scored.nats, strict=False):
+        with torch.no_grad():
+            each = [F.cross_entropy(model(row[None, :t])[0, -1], row[t]).double() for row in chapter for t in range(1, T + 1)]
+        assert nats.item() == pytest.approx(torch.stack(each).mean().item(), abs=1e-5)
+    assert scored.alpha.shape == (0,)
+    with mixed(model, make_sidecars(model, 0, MAMBA), (0.25, 1.0)):
+        mixture = score(model, windows)
+    assert mixture.alpha.tolist() == [0.25, 1.0] and (mixture.tokens == 0.625).all()
+    assert torch.equal(score(model, windows).nats, scored.nats), "detached again"
+
+
+def test_layer_0_hears_its_own_router_and_the_others_the_one_before(material):
+    model = load(material).models[0]
+    attach_all(model, make_sidecars(model, 0, MAMBA), lambda i: Gate("routing_hard"))
+    assert [layer.source for layer in model.layers] == ["own", "previous"]
+
+
+def test_training_of_sidecars_is_repeatable_and_helps_and_leaves_the_model(material, monkeypatch):
+    trained = load(material)
+    monkeypatch.setattr(sidecars, "load", lambda material: trained)
+    base, before = trained.models[0], {name: value.clone() for name, value in trained.models[0].state_dict().items()}
+    run = SidecarRun(material=material, base=0, seed=3, mamba=MAMBA, distil_steps=60, tune_steps=10, learning_rate=1e-2)
+    first, second = train_sidecars(run), train_sidecars(run)
+    for i in (0, 1):
+        one, other = (result["sidecars"][i].state_dict() for result in (first, second))
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+        assert first["errors"]["distilled"][i] < 0.8 * first["errors"]["untrained"][i]
+        assert first["errors"]["tuned"][i] != first["errors"]["distilled"][i]
+    assert first["errors"] == second["errors"]
+    assert before.keys() == base.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    other = train_sidecars(replace(run, seed=4))
+    assert other["errors"]["untrained"] != first["errors"]["untrained"], "another seed begins elsewhere"
+    trained.models[1] = base
+    other = train_sidecars(replace(run, base=1, distil_steps=1))
+    assert other["errors"]["untrained"] != first["errors"]["untrained"], "and so do those of another base model"
+    gates = [
+        make_gate(GateRun(material=material, sidecars="", base=b, seed=s, mode="random_hard"), i, 8)
+        for b in (0, 1)
+        for s in (0, 1)
+        for i in (0, 1)
+    ]
+    assert len({gate.seed for gate in gates}) == 8
+
+
+def test_every_layer_has_an_alpha_of_its_own_while_it_is_tuned(material, monkeypatch):
+    drawn = []
+
+    def watch(model, sample_batch, config):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(200):
+            sample_batch(generator, 1)
+            drawn.append([layer.gate.alpha for layer in model.layers])
+
+    monkeypatch.setattr(sidecars, "tune", watch)
+    train_sidecars(SidecarRun(material=material, base=0, seed=3, mamba=MAMBA, distil_steps=1, tune_steps=1))
+    drawn = np.array(drawn)
+    assert np.abs(drawn.mean(0) - 0.5).max() < 0.07 and np.abs(drawn.std(0) - 12**-0.5).max() < 0.04
+    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.2
+
+
+def test_sidecars_come_back_as_they_were(store):
+    found = load_sidecars(store / "sidecars.pt")
+    assert set(found) == {(0, 5), (1, 5)} and set(found[0, 5]) == {0, 1}
+    one, other = make_sidecars(make(1), 5, MAMBA)[1].state_dict(), found[1, 5][1].state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_sweep_ends_are_the_model_and_its_sidecars(run):
+    ends = (Mixture((0.0, 0.0)), Mixture((1.0, 1.0)), Mixture((1.0, 1.0), "silent"), Mixture((1.0, 1.0), "untrained"))
+    found = sweep(SweepRun(material=run.material, sidecars=run.sidecars, base=0, seed=5, mixtures=ends, mamba={"state_dim": 3}))
+    model, windows = load(run.material).models[0], pieces(run.material).test
+    assert torch.equal(found["baseline"], score(model, windows).nats)
+    assert torch.equal(found[ends[0]], found["baseline"])
+    mute = load(run.material).models[0]
+    for layer in mute.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    torch.testing.assert_close(found[ends[2]], score(mute, windows).nats, rtol=1e-6, atol=1e-6)
+    given = load_sidecars(run.sidecars)[0, 5]
+    for i, layer in enumerate(model.layers):
+        layer.self_attn = given[i]
+    assert torch.equal(found[ends[1]], score(model, windows).nats)
+    assert not torch.equal(found[ends[3]], found[ends[1]]), "other sidecars"
+
+
+def test_passes_are_what_is_measured(run):
+    tokens = pieces(run.material).stream[:600][None]
+    model, given = load(run.material).models[0], load_sidecars(run.sidecars)[0, 5]
+    at_half = SweepRun(material=run.material, sidecars=run.sidecars, base=0, seed=5, mixtures=())
+    with torch.no_grad():
+        x = model.model.embed_tokens(tokens) * 12.0
+        plain = model.layers[0](x)[0]
+        passes = layer_passes(run, tokens)
+        assert torch.equal(passes["attention"](), plain)
+        assert torch.equal(model_pass(at_half, None, tokens)(), model(tokens))
+        with mixed(model, given, (0.5, 0.5)):
+            assert torch.equal(model_pass(at_half, 0.5, tokens)(), model(tokens))
+        h = model.layers[0].input_layernorm(x)
+        scanned = model.layers[0].finish(x, given[0](h))[0]
+        assert torch.equal(passes["sidecar"](), scanned)
+        torch.testing.assert_close(passes["gate"](), passes["gate"](), rtol=0, atol=0)
+        agree = (passes["gate"]() - scanned).abs().amax(-1) < 1e-4  # of Mamba's tokens
+    assert agree.float().mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_same_run_same_bits_and_other_seed_other_bits(run):
+    first, second, other = compare_gate(run), compare_gate(run), compare_gate(replace(run, base=1))
+    for when in ("before", "after"):
+        assert all(torch.equal(a, b) for a, b in zip(first[when], second[when], strict=True))
+        assert not torch.equal(first[when].nats, other[when].nats)
+    assert first["threshold"] == second["threshold"] and not torch.equal(first["before"].nats, first["after"].nats)
+
+
+@pytest.mark.parametrize("mode", ["routing_soft", "shuffled_hard", "learned_hard", "inverted_soft", "fixed"])
+def test_tuning_leaves_the_model(run, mode, monkeypatch):
+    trained = load(run.material)
+    monkeypatch.setattr(gating, "load", lambda material: trained)
+    base = trained.models[0]
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    result = compare_gate(replace(run, mode=mode, map_steps=2, steps=5))
+    assert not torch.equal(result["before"].nats, result["after"].nats)
+    detach(base)
+    assert before.keys() == base.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+def test_gates_see_the_same_batches(run):
+    modes = ("routing_hard", "shuffled_soft", "learned_hard", "random_soft", "fixed")
+    seen = {compare_gate(replace(run, mode=mode, map_steps=2))["batches"] for mode in modes}
+    assert len(seen) == 1 and min(seen) > 0
+
+
+def test_another_seed_has_other_batches(store, run, tmp_path):
+    path = str(tmp_path / "more.pt")
+    save_sidecars(path, {(0, seed): make_sidecars(make(0), seed, MAMBA) for seed in (5, 6)}, MAMBA)
+    assert len({compare_gate(replace(run, sidecars=path, seed=seed))["batches"] for seed in (5, 6)}) == 2
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5])
+def test_gates_are_compared_at_one_mean(run, alpha):
+    for mode in gating.GATES:
+        result = compare_gate(replace(run, mode=mode, alpha=alpha, steps=1, map_steps=1))
+        # 64 chapters of 24 tokens, or as many as there are
+        assert result["calibrated"] == pytest.approx([alpha, alpha], abs=1e-3), mode
+        assert (result["after"].alpha - alpha).abs().max() < 0.1, mode
+        assert result["after"].tokens.mean().item() == pytest.approx(result["after"].alpha.mean().item(), abs=1e-6)
+
+
+def test_thresholds_are_set_anew_after_tuning(run):
+    """Of the oracle, whose signal the tuning itself changes."""
+    run = replace(run, mode="oracle_hard", steps=20, learning_rate=0.05)
+    tuned, given = compare_gate(run), compare_gate(replace(run, steps=0))
+    assert max(abs(a - b) for a, b in zip(tuned["threshold"], given["threshold"], strict=True)) > 0.01
+    assert (tuned["after"].alpha - 0.5).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("shape", ["hard", "soft"])
+def test_controls_of_one_signal(single, shape):
+    """Shuffled: the same α in each chapter, elsewhere. Inverted: what routing leaves."""
+    routing, shuffled, inverted = (
+        compare_gate(replace(single, mode=f"{kind}_{shape}"))["before"].tokens for kind in ("routing", "shuffled", "inverted")
+    )
+    assert torch.equal(routing.sort(1).values, shuffled.sort(1).values)
+    assert (routing != shuffled).float().mean() > 0.3
+    torch.testing.assert_close(inverted, 1 - routing)
+    assert routing.std() > 0.1
+
+
+def test_inverted_gate_keeps_the_mean():
+    gate, plain = InvertedGate("routing_hard", 0.3, seed=4), Gate("routing_hard", 0.7, seed=4)
+    sparsity, x = torch.arange(40.0).view(2, 20) / 40, torch.zeros(2, 20, 1)
+    for one in (gate, plain):
+        one.calibrating = True
+    assert torch.equal(gate(x, sparsity), ~plain(x, sparsity)) and gate(x, sparsity).float().mean() == pytest.approx(0.3)
+    assert sparsity[gate(x, sparsity)].max() < sparsity[~gate(x, sparsity)].min(), "dense routing goes to Mamba"
+
+
+def test_nothing_of_the_test_reaches_a_threshold(run, monkeypatch):
+    text = pieces(run.material)
+    other = text._replace(test=(text.test + 7) % 270, validation=(text.validation + 3) % 270)
+    for mode in ("routing_hard", "learned_soft", "position_hard", "oracle_soft"):
+        honest = compare_gate(replace(run, mode=mode, map_steps=2))
+        with monkeypatch.context() as patch:
+            patch.setattr(gating, "pieces", lambda material: other)
+            blind = compare_gate(replace(run, mode=mode, map_steps=2))
+        assert honest["threshold"] == blind["threshold"] and honest["calibrated"] == blind["calibrated"]
+        assert not torch.equal(honest["after"].nats, blind["after"].nats)
+
+
+def test_draws_are_new_in_every_batch_and_back_afterwards(run, monkeypatch):
+    seen = []
+
+    def watch(model, sample_batch, config):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            sample_batch(generator, 1)
+            seen.append([layer.gate.seed for layer in model.layers])
+
+    fixed = compare_gate(replace(run, mode="random_hard", steps=0))
+    monkeypatch.setattr(gating, "tune", watch)
+    result = compare_gate(replace(run, mode="random_hard"))
+    assert len({seed for batch in seen for seed in batch}) == 8, "each batch, each layer"
+    assert torch.equal(result["after"].tokens, fixed["before"].tokens), "the draws of evaluation are not those of training"
+
+
+def test_a_learned_map_is_trained_apart_and_the_sidecars_begin_as_everybodys(run, monkeypatch):
+    begun = []
+
+    def watch(model, sample_batch, config):
+        begun.append([{n: p.clone() for n, p in layer.named_parameters() if "sidecar" in n} for layer in model.layers])
+        begun.append([layer.gate.map.weight.abs().max().item() for layer in model.layers])
+        return original(model, sample_batch, config)
+
+    original = gating.tune
+    monkeypatch.setattr(gating, "tune", watch)
+    compare_gate(replace(run, mode="learned_hard", map_steps=4))
+    first, maps, second, trained = begun
+    assert all(torch.equal(p, b[n]) for a, b in zip(first, second, strict=True) for n, p in a.items())
+    assert max(maps) == 0 < min(trained)
+
+
+def test_every_layer_and_seed_draws_for_itself(run):
+    gates = [gating.make_gate(replace(run, mode="random_hard", seed=seed), layer, 16) for seed in (5, 6) for layer in (0, 1)]
+    assert len({gate.seed for gate in gates}) == 4
+    assert isinstance(gating.make_gate(replace(run, mode="inverted_soft"), 0, 16), InvertedGate)
+    model = make(0)
+    attach_all(model, make_sidecars(model, 5, MAMBA), lambda i: gating.make_gate(run, i, 16))
+    assert all(isinstance(layer, GatedHybridLayer) for layer in model.layers)

@@ -1,0 +1,243 @@
+"""The BlockFFN language model, its attention at chosen places, its dense twin, its loss; and perplexity."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nsm_support.blockffn.attention import CHUNK, Attention, LatentAttention
+from nsm_support.blockffn.ffn import blockffn_reference
+from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel, dense_twin, losses
+from nsm_support.blockffn.objectives import chunk_sparsity_loss, locality_loss
+from nsm_support.metrics import ngram_baseline
+from nsm_support.mixers.baselines import count_parameters
+from nsm_support.perplexity import perplexity, token_losses
+from nsm_support.training import TrainingConfig, fit
+
+LATENT = {"attention_type": "mla", "qk_nope_head_dim": 10, "qk_rope_head_dim": 4, "q_lora_rank": 12, "kv_lora_rank": 6}
+DENSE = {"ffn_type": "dense", "intermediate_size": 20}
+GROUPED = {"num_key_value_heads": 2}
+
+
+def make(seed=0, **options):
+    sizes = {"vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 3, "num_experts": 6, "expert_size": 5}
+    torch.manual_seed(seed)
+    return BlockFFNModel(BlockFFNConfig(**sizes | {"dim_model_base": 16} | options))
+
+
+def numbers(*shape, below=23, seed=0):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("options", [{}, GROUPED, LATENT, DENSE], ids=["block", "grouped", "latent", "dense"])
+def test_no_output_sees_a_later_token(options):
+    model = make(**options).eval()
+    for layer in model.layers:
+        layer.mlp.path = "dense"  # "auto" may take another path for other tokens, and round elsewhere
+    tokens = numbers(2, 19)
+    changed = tokens.clone()
+    changed[:, 11] = (changed[:, 11] + 1) % 23
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :11], after[:, :11])
+    assert (before[:, 11:] - after[:, 11:]).abs().amax((0, 2)).min() > 1e-4, "every later output sees it"
+    assert torch.equal(before, model(tokens)), "no noise"
+
+
+def test_untrained_model_knows_nothing_and_all_of_it_is_trained():
+    model = make(locality_weight=1e-3, chunk_sparsity_weight=5e-2, sparsity_chunk=4)
+    loss = losses(model, (numbers(8, 16), numbers(8, 16, seed=1)))
+    assert abs(loss.cross_entropy.item() - math.log(23)) < 0.3
+    loss.total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_loss_is_the_sum_of_its_parts_by_their_weights():
+    options = {"locality_weight": 0.3, "chunk_sparsity_weight": 0.7, "sparsity_chunk": 4}
+    model, batch = make(**options), (numbers(2, 9), numbers(2, 9, seed=1))
+    loss = losses(model, batch)
+    logits, routing = model.forward_with_routing(batch[0])
+    ce = F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
+    near = torch.stack([locality_loss(routed) for routed in routing]).mean()
+    chunks = torch.stack([chunk_sparsity_loss(routed, 4) for routed in routing]).mean()
+    torch.testing.assert_close(torch.stack(loss), torch.stack((ce + 0.3 * near + 0.7 * chunks, ce, near, chunks)))
+    plain = make()
+    assert torch.equal(losses(plain, batch).total, losses(plain, batch).cross_entropy)
+    assert losses(make(**DENSE, **options), batch).total == losses(make(**DENSE, **options), batch).cross_entropy
+
+
+def test_routing_is_that_of_each_layers_own_ffn():
+    model = make().double()
+    tokens, seen = numbers(2, 9), []
+    for layer in model.layers:
+        layer.post_attention_layernorm.register_forward_hook(lambda module, given, out: seen.append(out))
+    _, routing = model.forward_with_routing(tokens)
+    for layer, x, routed in zip(model.layers, seen, routing, strict=True):
+        torch.testing.assert_close(routed.logits, x @ layer.mlp.router_proj.weight.T)
+        assert torch.equal(routed.scores == 0, routed.logits <= 0)
+        y = blockffn_reference(x, routed.scores, layer.mlp.up_proj, layer.mlp.down_proj)
+        torch.testing.assert_close(layer.mlp(x), y)
+
+
+@pytest.mark.parametrize("active", [1.5, 4.0])
+def test_dense_twin_has_as_many_parameters_as_a_token_uses(active):
+    config = BlockFFNConfig(vocab_size=23, hidden_size=32, num_experts=6, expert_size=40, locality_weight=1e-3)
+    twin = dense_twin(config, active)
+    model, dense = BlockFFNModel(config), BlockFFNModel(twin)
+    router = model.layers[0].mlp.router_proj.weight.numel() + model.layers[0].mlp.router_norm.weight.numel()
+    used = router + active * 2 * 32 * 40
+    assert abs(count_parameters(dense.layers[0].mlp) - used) <= 32, "within half a unit of 2·D"
+    assert count_parameters(dense.layers[0].self_attn) == count_parameters(model.layers[0].self_attn)
+    assert twin.locality_weight == 0 and twin.hidden_size == 32 and twin.num_hidden_layers == config.num_hidden_layers
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "mla"])
+@pytest.mark.parametrize("T", [1, 63, 2 * CHUNK + 9])
+def test_attention_at_chosen_places_equals_those_of_all(kind, T):
+    torch.manual_seed(0)
+    attention = Attention(24, 4, 2, 10_000.0) if kind == "vanilla" else LatentAttention(24, 4, 5, 4, 9, 7, 10_000.0)
+    attention = attention.double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, T, 24, generator=generator, dtype=torch.float64, requires_grad=True)
+    Q = max(1, 2 * T // 3)
+    places = torch.stack([torch.randperm(T, generator=generator)[:Q].sort().values for _ in range(2)])
+    some = attention(x, places)
+    every = attention(x).gather(1, places[..., None].expand(-1, -1, 24))
+    torch.testing.assert_close(some, every)
+    pull = torch.randn(some.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(y, [x, *attention.parameters()], pull) for y in (some, every)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention_depends_on_distance_not_on_place():
+    torch.manual_seed(0)
+    for attention in (Attention(24, 4, 4, 10_000.0), LatentAttention(24, 4, 6, 4, 9, 7, 10_000.0)):
+        x = torch.randn(1, 5, 24, dtype=torch.float64)
+        attention.double()
+        q, (k, _) = attention.queries(x, torch.arange(5)), attention.keys_values(x)
+        shifted = attention.queries(x, torch.arange(5) + 3)
+        k_shifted = attention.keys_values(torch.cat((x[:, :3], x), 1))[0][:, :, 3:]
+        torch.testing.assert_close(q @ k.mT, shifted @ k_shifted.mT)
+        assert (q @ k.mT - shifted @ k.mT).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", [{}, DENSE], ids=["block", "dense"])
+def test_it_learns(options):
+    """Tokens alternate between two that the row is made of: what comes next is known from the third token on."""
+    model = make(locality_weight=1e-4, **options)
+
+    def sample(generator, batch_size):
+        pair = torch.randint(23, (batch_size, 2), generator=generator)
+        rows = pair.repeat(1, 6)
+        return rows[:, :-1], rows[:, 1:]
+
+    def tail(model):
+        inputs, targets = sample(torch.Generator().manual_seed(9), 64)
+        return {"tail": F.cross_entropy(model(inputs)[:, 3:].mT, targets[:, 3:])}
+
+    config = TrainingConfig(steps=150, batch_size=32, learning_rate=5e-3)
+    history = fit(model, sample, lambda model, batch: losses(model, batch).total, config, evaluate=tail)
+    assert history.records[0]["tail"] > 2.8 and history.records[-1]["tail"] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"attention_type": "flash"}, "'vanilla', 'mla'; got 'flash'"),
+        ({"ffn_type": "moe"}, "'block', 'dense'; got 'moe'"),
+        ({"ffn_type": "dense"}, "intermediate_size .* None"),
+        ({"num_attention_heads": 5}, "multiple"),
+        ({"num_key_value_heads": 3}, "multiple"),
+        ({"hidden_size": 12}, "even"),
+        ({"locality_weight": -1.0}, "at least 0"),
+        ({"norm_after_router": "layer"}, "'rms', 'sum', 'none'"),
+    ],
+)
+def test_config_names_what_is_wrong(wrong, word):
+    with pytest.raises(ValueError, match=word):
+        make(**wrong)
+
+
+def test_model_refuses_other_tokens():
+    with pytest.raises(ValueError, match=r"\[B, T\]"):
+        make()(numbers(5))
+
+
+# Perplexity
+
+
+def uniform(tokens):
+    return torch.zeros(*tokens.shape, 7, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(4, None), (4, 1), (5, 3), (100, None), (1, 1)])
+def test_uniform_model_has_the_perplexity_of_its_vocabulary(window, stride):
+    scored = token_losses(uniform, numbers(29, below=7), window=window, stride=stride)
+    assert scored.shape == (28,)
+    assert perplexity(scored) == pytest.approx(7, rel=1e-12)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(4, None), (6, 2), (7, 5), (1, 1)])
+def test_bigram_model_has_the_perplexity_of_the_counter(window, stride):
+    """A bigram needs one token of context, which every window gives: the windows must not matter."""
+    train, test = numbers(400, below=5), numbers(61, below=5, seed=1)
+    counts = torch.zeros(5, 5, dtype=torch.float64)
+    for before, after in itertools.pairwise(train.tolist()):
+        counts[before, after] += 1
+    unigram = (counts.sum(0) + 0.2) / 400  # the counter's own smoothing, one order below
+    table = (counts + unigram) / (counts.sum(1, keepdim=True) + 1)
+    scored = token_losses(lambda tokens: table[tokens].log(), test, window=window, stride=stride)
+    expected = ngram_baseline(train, test, 5)
+    torch.testing.assert_close(scored, expected.losses)
+    assert perplexity(scored) == pytest.approx(math.exp(expected.cross_entropy), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n", "window", "stride"), [(2, 4, 4), (5, 4, 4), (6, 4, 4), (14, 4, 4), (14, 5, 2), (15, 6, 1), (13, 3, 3), (14, 7, 6)]
+)
+def test_every_token_is_scored_once_as_one_by_one(n, window, stride):
+    model, tokens = make().double().eval(), numbers(n)
+    scored = token_losses(model, tokens, window=window, stride=stride, batch_size=2)
+    expected = []
+    for t in range(1, n):  # the first window that holds token t as a target: what the definition scores it in
+        start = 0
+        while start + window < t:
+            start += stride
+        start = min(start, max(0, n - 1 - window))
+        with torch.no_grad():
+            logits = model(tokens[None, start:t])[0, -1]
+        expected.append(-logits.log_softmax(-1)[tokens[t]])
+    torch.testing.assert_close(scored, torch.stack(expected))
+
+
+def test_less_context_is_worse_for_a_model_that_needs_it():
+    """Overlap gives later tokens of a window context that they lack without it: a period of 5 needs 5 tokens."""
+
+    def periodic(tokens):
+        logits = torch.zeros(*tokens.shape, 7)
+        logits[:, 4:].scatter_(2, tokens[:, : tokens.shape[1] - 4, None], 5.0)
+        return logits
+
+    text = torch.tensor([0, 3, 1, 6, 2]).repeat(20)
+    cut, whole = (perplexity(token_losses(periodic, text, window=10, stride=s)) for s in (None, 1))
+    known = math.exp(-5.0) * 6 + 1  # perplexity where the period is known: 1 / p
+    first = (4 * math.log(7) + 95 * math.log(known)) / 99  # only the text's first 4 targets are not known
+    assert whole == pytest.approx(math.exp(first), rel=1e-6)
+    assert cut > 1.5 * whole
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"window": 0}, "window"),
+        ({"window": 4, "stride": 5}, "stride"),
+        ({"window": 4, "stride": 0}, "stride"),
+        ({"tokens": numbers(1), "window": 4}, "at least 2"),
+        ({"tokens": numbers(2, 5), "window": 4}, r"\[n\]"),
+    ],
+)
+def test_perplexity_names_what_is_wrong(options, word):
+    with pytest.raises(ValueError, match=word):
+        token_losses(uniform, **{"tokens": numbers(9)} | options)

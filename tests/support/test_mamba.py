@@ -1,0 +1,206 @@
+"""The mixers of Mamba and Mamba-2: against two other implementations, and the stream against the whole pass."""
+
+import pytest
+import torch
+
+from nsm_support.mixers.mamba import Mamba2Block, MambaBlock, MambaStream
+
+BLOCKS = {
+    "Mamba": lambda: MambaBlock(12, state_dim=5),
+    "Mamba, odd sizes": lambda: MambaBlock(7, state_dim=1, expand=3, conv_width=2, delta_rank=4),
+    "Mamba, no window": lambda: MambaBlock(4, conv_width=1),
+    "Mamba-2": lambda: Mamba2Block(12, num_heads=3, state_dim=5, chunk=16),
+    "Mamba-2, odd sizes": lambda: Mamba2Block(7, num_heads=1, state_dim=1, expand=3, conv_width=2, chunk=5),
+}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def stir(block):
+    """All parameters away from their start, where D = 1 and A is the same in every channel, say."""
+    with torch.no_grad():
+        for i, parameter in enumerate(block.parameters()):
+            parameter += 0.3 * draw(*parameter.shape, seed=i).to(parameter.dtype)
+    return block
+
+
+@pytest.fixture(params=BLOCKS)
+def block(request):
+    return stir(BLOCKS[request.param]().double())
+
+
+def mambapy_mixer(D, **sizes):
+    from mambapy.mamba import MambaBlock as Mixer
+    from mambapy.mamba import MambaConfig
+
+    return Mixer(MambaConfig(D, n_layers=1, d_state=sizes["state_dim"], expand_factor=2, d_conv=sizes["conv_width"]))
+
+
+def transformers_mixer(D, **sizes):
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    config = MambaConfig(hidden_size=D, num_hidden_layers=1, state_size=sizes["state_dim"], conv_kernel=sizes["conv_width"])
+    return MambaMixer(config, 0)
+
+
+def assert_same_as(other, block, tokens):
+    """Outputs, and the gradients of the tokens and of every parameter, after the weights were copied by their names."""
+    assert set(other.state_dict()) == set(block.state_dict())
+    other.load_state_dict(block.state_dict())
+    pull = draw(*tokens.shape, seed=9).float()
+    results = []
+    for module in (block, other):
+        tokens = tokens.detach().requires_grad_()
+        outputs = module(tokens)
+        outputs.backward(pull)
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        results.append({"outputs": outputs, "tokens": tokens.grad, **gradients})
+    for name, value in results[0].items():
+        wanted = results[1][name]
+        close = {"rtol": 1e-4, "atol": 2e-5 * wanted.abs().max().item()}
+        torch.testing.assert_close(value, wanted, msg=lambda text, name=name: f"{name}: {text}", **close)
+
+
+@pytest.mark.parametrize("make", [mambapy_mixer, transformers_mixer])
+@pytest.mark.parametrize(("D", "state_dim", "conv_width", "T"), [(24, 16, 4, 33), (40, 3, 2, 64)])
+def test_mamba_is_that_of_others(make, D, state_dim, conv_width, T):
+    sizes = {"state_dim": state_dim, "conv_width": conv_width}
+    block = stir(MambaBlock(D, **sizes))
+    assert_same_as(make(D, **sizes), block, draw(3, T, D).float())
+
+
+def test_mamba_2_is_that_of_others():
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    config = Mamba2Config(
+        hidden_size=24, num_heads=3, head_dim=16, state_size=8, n_groups=1, conv_kernel=4, chunk_size=16, num_hidden_layers=1
+    )
+    block = stir(Mamba2Block(24, num_heads=3, state_dim=8, chunk=16))
+    assert_same_as(Mamba2Mixer(config, 0), block, draw(3, 33, 24).float())
+
+
+def test_mamba_starts_as_published():
+    torch.manual_seed(0)
+    block = MambaBlock(200)
+    rank = 13
+    assert {name: tuple(x.shape) for name, x in block.named_parameters()} == {
+        "A_log": (400, 16),
+        "D": (400,),
+        "conv1d.weight": (400, 1, 4),
+        "conv1d.bias": (400,),
+        "in_proj.weight": (800, 200),
+        "x_proj.weight": (rank + 32, 400),
+        "dt_proj.weight": (400, rank),
+        "dt_proj.bias": (400,),
+        "out_proj.weight": (200, 400),
+    }
+    torch.testing.assert_close(block.A_log.exp(), torch.arange(1.0, 17).expand(400, -1))
+    assert (block.D == 1).all()
+    assert block.dt_proj.weight.abs().max() <= rank**-0.5 < 1.01 * block.dt_proj.weight.abs().max()
+    check_delta(torch.nn.functional.softplus(block.dt_proj.bias))
+
+
+def test_mamba_2_starts_as_published():
+    torch.manual_seed(0)
+    block = Mamba2Block(200, num_heads=400, state_dim=8)
+    assert 1 <= block.A_log.exp().min() < 1.5 and 15.5 < block.A_log.exp().max() <= 16
+    assert (block.D == 1).all() and (block.norm.weight == 1).all()
+    check_delta(torch.nn.functional.softplus(block.dt_bias))
+
+
+def check_delta(delta):
+    """Log-uniform in 0.001 … 0.1: a quarter in each quarter of the logarithms."""
+    assert delta.min() > 0.000999 and delta.max() < 0.1001
+    share = torch.histc(delta.log10(), 4, min=-3, max=-1) / delta.numel()
+    torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.07, rtol=0)
+
+
+@pytest.mark.parametrize("T", [1, 2, 17, 65])
+def test_stepping_is_the_whole_pass(block, T):
+    D = block.in_proj.in_features
+    tokens = draw(3, T, D)
+    whole, last = block.prefill(tokens)
+    torch.testing.assert_close(block(tokens), whole, atol=0, rtol=0)
+    stream = block.start(3)
+    for t in range(T):
+        out, stream = block.step(tokens[:, t], stream)
+        torch.testing.assert_close(out, whole[:, t])
+    torch.testing.assert_close(stream, last)
+
+
+@pytest.mark.parametrize("first", [1, 2, 20])
+def test_a_prefill_in_parts_and_then_steps_is_the_whole_pass(block, first):
+    tokens = draw(2, 33, block.in_proj.in_features)
+    whole = block(tokens)
+    one, stream = block.prefill(tokens[:, :first])
+    two, stream = block.prefill(tokens[:, first:31], stream)
+    three, stream = block.step(tokens[:, 31], stream)
+    four = block(tokens[:, 32:], stream)
+    torch.testing.assert_close(torch.cat((one, two, three[:, None], four), 1), whole)
+
+
+def test_gradients_flow_through_the_stream(block):
+    """The gradient of a token in the first part, of outputs in the second, is that of the whole pass."""
+    tokens = draw(2, 9, block.in_proj.in_features).requires_grad_()
+    grads = [torch.autograd.grad(block(tokens)[:, 5:].square().sum(), tokens)[0]]
+    _, stream = block.prefill(tokens[:, :5])
+    grads.append(torch.autograd.grad(block(tokens[:, 5:], stream).square().sum(), tokens)[0])
+    _, stream = block.prefill(tokens[:, :5])
+    total = 0
+    for t in range(5, 9):
+        out, stream = block.step(tokens[:, t], stream)
+        total = total + out.square().sum()
+    grads.append(torch.autograd.grad(total, tokens)[0])
+    torch.testing.assert_close(grads[1], grads[0])
+    torch.testing.assert_close(grads[2], grads[0])
+
+
+@pytest.mark.parametrize("position", [0, 15, 16, 39])
+def test_causal_to_the_bit(block, position):
+    block = block.float()
+    tokens = draw(2, 40, block.in_proj.in_features).float()
+    before = block(tokens)
+    tokens[:, position] += 1
+    after = block(tokens)
+    assert torch.equal(after[:, :position], before[:, :position])
+    assert not torch.equal(after[:, position], before[:, position])
+
+
+def test_a_stream_is_not_changed_by_its_use(block):
+    tokens = draw(2, 6, block.in_proj.in_features)
+    _, stream = block.prefill(tokens[:, :3])
+    kept = MambaStream(*(x.clone() for x in stream))
+    block.prefill(tokens[:, 3:], stream)
+    block.step(tokens[:, 3], stream)
+    assert all(torch.equal(a, b) for a, b in zip(stream, kept, strict=True))
+    assert stream.window.shape[0] == stream.state.shape[0] == 2
+
+
+def test_what_does_not_fit_is_named():
+    block = MambaBlock(8)
+    for tokens, message in (
+        (torch.zeros(2, 0, 8), r"at least one token; got \[2, 0, 8\]"),
+        (torch.zeros(2, 3, 9), r"\[B, T, 8\].* got \[2, 3, 9\]"),
+        (torch.zeros(3, 8), r"got \[3, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block(tokens)
+    with pytest.raises(ValueError, match=r"\[B, 8\]; got \[2, 1, 8\]"):
+        block.step(torch.zeros(2, 1, 8), block.start(2))
+    with pytest.raises(ValueError, match=r"window has shape \[3, 3, 16\]; here \[2, 3, 16\] fits"):
+        block.step(torch.zeros(2, 8), block.start(3))
+    with pytest.raises(ValueError, match=r"state has shape \[2, 16, 4\]; here \[2, 16, 16\] fits"):
+        block(torch.zeros(2, 1, 8), MambaBlock(8, state_dim=4).start(2))
+    for sizes in ({"token_dim": 0}, {"state_dim": -1}, {"expand": 1.5}, {"conv_width": 0}, {"delta_rank": 0}):
+        name, value = next(iter(sizes.items()))
+        with pytest.raises(ValueError, match=f"{name} is a whole number from 1 up; got {value}"):
+            MambaBlock(**{"token_dim": 8} | sizes)
+    for sizes in ({"num_heads": 0}, {"chunk": 0}, {"state_dim": True}):
+        with pytest.raises(ValueError, match=next(iter(sizes))):
+            Mamba2Block(8, **sizes)
+    with pytest.raises(ValueError, match=r"expand · token_dim \(16\) is no multiple of num_heads \(3\)"):
+        Mamba2Block(8, num_heads=3)

@@ -1,0 +1,195 @@
+"""Metrics against closed forms, against scikit-learn on hard assignments, and against counting by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, mutual_info_score
+from torch import tensor
+from torch.nn.functional import one_hot
+
+from nsm_support.metrics import accuracy, majority_share, mutual_information, ngram_baseline, routing_entropy, state_load
+from nsm_support.statistics import permutation_null
+
+
+def random_weights(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+def test_accuracy_and_majority_share():
+    assert accuracy(tensor([1, 2, 2, 0]), tensor([1, 2, 0, 0])) == 0.75
+    assert accuracy(tensor([[1, 0], [1, 1]]), tensor([[1, 1], [0, 0]])) == 0.25
+    assert majority_share(tensor([3, 3, 1, 3, 0])) == 0.6
+    assert majority_share(tensor([[7], [7]])) == 1
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randint(5, (2, 100), generator=generator)
+    assert accuracy(a, b) == pytest.approx(accuracy_score(b, a))
+
+
+def test_entropy_in_closed_form():
+    weights = tensor([[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.7, 0.1, 0.1, 0.1]])
+    last = -(0.7 * math.log(0.7) + 0.3 * math.log(0.1)) / math.log(4)
+    assert routing_entropy(weights).tolist() == pytest.approx([1, 0, 0.5, last])
+    assert routing_entropy(torch.ones(3, 2, 1)).tolist() == [[0, 0]] * 3  # one state leaves nothing to choose
+    assert routing_entropy(torch.full((7,), 1 / 7)).item() == pytest.approx(1)
+    assert routing_entropy(random_weights(2, 3, 5, 64)).shape == (2, 3, 5)
+    assert routing_entropy(torch.full((2, 64), 1 / 64, requires_grad=True)).max() <= 1
+
+
+def test_load_is_the_share_of_mass():
+    weights = tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], [[0.0, 0.25, 0.75], [0.0, 0.0, 1.0]]])
+    assert state_load(weights).tolist() == pytest.approx([0.375, 0.1875, 0.4375])
+    assert state_load(weights.repeat(5, 1, 1)).tolist() == pytest.approx(state_load(weights).tolist())
+    assert state_load(tensor([0.2, 0.8])).tolist() == pytest.approx([0.2, 0.8])
+
+
+def test_information_in_closed_form():
+    labels = tensor([0, 0, 1, 1])
+    assert mutual_information(one_hot(labels).float(), labels) == pytest.approx(math.log(2))
+    assert mutual_information(one_hot(labels).float()[:, [1, 0]], labels) == pytest.approx(math.log(2))
+    assert mutual_information(torch.full((4, 8), 1 / 8), labels) == 0
+    assert mutual_information(torch.ones(4, 1), labels) == 0
+    assert mutual_information(random_weights(4, 3), tensor([2, 2, 2, 2])) == pytest.approx(0, abs=1e-12)
+    # a noisy channel with error 0.1 and balanced classes: ln 2 − H(0.1)
+    noisy = tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9]])
+    channel = math.log(2) + 0.9 * math.log(0.9) + 0.1 * math.log(0.1)
+    assert mutual_information(noisy, labels) == pytest.approx(channel)
+    assert mutual_information(noisy, tensor([-5, -5, 9, 9])) == pytest.approx(channel)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=60))
+def test_information_of_hard_assignments_is_scikit_learns(pairs):
+    states, labels = (list(column) for column in zip(*pairs, strict=True))
+    ours = mutual_information(one_hot(tensor(states), 6).float(), tensor(labels))
+    assert ours == pytest.approx(max(mutual_info_score(states, labels), 0), abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 6), st.integers(2, 40))
+def test_information_is_bounded_and_cares_for_no_names(seed, states, classes, n):
+    generator = torch.Generator().manual_seed(seed)
+    weights = random_weights(n, states, seed=seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    information = mutual_information(weights, labels)
+    assert 0 <= information <= min(math.log(states), math.log(classes)) + 1e-9
+    states_renamed, order = torch.randperm(states, generator=generator), torch.randperm(n, generator=generator)
+    renamed = mutual_information(weights[order][:, states_renamed], 7 * labels[order] - 3)
+    assert renamed == pytest.approx(information, abs=1e-9)
+
+
+def test_labels_of_whole_units_count_for_all_their_tokens():
+    weights, labels = random_weights(6, 5, 4), tensor([0, 1, 2, 0, 1, 2])
+    every_token = mutual_information(weights, labels[:, None].expand(6, 5))
+    assert mutual_information(weights, labels) == pytest.approx(every_token)
+    assert mutual_information(weights.flatten(0, 1), labels.repeat_interleave(5)) == pytest.approx(every_token)
+    assert mutual_information(weights.mean(1), labels) == pytest.approx(every_token)
+    heads = weights[:, None].expand(6, 3, 5, 4)
+    assert mutual_information(heads, labels) == pytest.approx(every_token)
+
+
+def test_information_of_noise_is_what_the_null_says():
+    generator = torch.Generator().manual_seed(1)
+    n, states, classes = 400, 6, 5
+    assigned, labels = (torch.randint(size, (n,), generator=generator) for size in (states, classes))
+    null = permutation_null(mutual_information, one_hot(assigned, states).double(), labels)
+    bias = (states - 1) * (classes - 1) / (2 * n)  # Miller 1955
+    assert null.null.mean() == pytest.approx(bias, rel=0.1)
+    assert null.p_value > 0.05
+    assert permutation_null(mutual_information, one_hot(labels, classes).double(), labels).p_value == 1 / 200
+
+
+@pytest.mark.parametrize("metric", [routing_entropy, state_load, lambda w: mutual_information(w, tensor([0, 1]))])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (tensor([[0.5, 0.6], [0.5, 0.5]]), "0.1 off"),
+        (tensor([[-0.5, 1.5], [0.5, 0.5]]), "least weight of -0.5"),
+        (tensor([[float("nan"), 1], [0, 1]]), "NaN"),
+        (tensor([[0, 1], [1, 0]]), "torch.int64"),
+        (torch.empty(0, 4), r"\(0, 4\)"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(metric, weights, message):
+    with pytest.raises(ValueError, match=message):
+        metric(weights)
+
+
+def test_misfits_are_refused():
+    with pytest.raises(ValueError, match=r"do not lead weights \(4, 2\)"):
+        mutual_information(torch.full((4, 2), 0.5), tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match="do not lead"):
+        mutual_information(torch.full((4, 2), 0.5), torch.zeros(4, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"argmax"):
+        accuracy(torch.rand(3), tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="differ"):
+        accuracy(tensor([1]), tensor([1, 2]))
+    with pytest.raises(ValueError, match="at least one"):
+        majority_share(torch.empty(0, dtype=torch.long))
+    tokens = tensor([0, 1, 2])
+    for wrong, message in (
+        ({"order": 0}, "order 0"),
+        ({"smoothing": 0}, "smoothing 0"),
+        ({"vocabulary_size": 2}, "0 to 2; 0 to 1"),
+        ({"vocabulary_size": 10_000}, "100,000,000 entries"),
+        ({"test": tensor([1])}, "rows of at least 2"),
+        ({"train": torch.rand(5)}, "torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ngram_baseline(**{"train": tokens, "test": tokens, "vocabulary_size": 3} | wrong)
+
+
+def test_the_best_constant_and_the_bigram_by_hand():
+    train, test = tensor([0, 1, 0, 1, 0, 0, 1, 0]), tensor([0, 1, 1])
+    # followers in train: 1 0 1 0 0 1 0 (four 0, three 1); the test predicts 1 1
+    constant = ngram_baseline(train, test, 2, order=1, smoothing=1e-9)
+    assert constant.cross_entropy == pytest.approx(-math.log(3 / 7)) and constant.accuracy == 0
+    # with λ = 1: p(1) = (3 + 1/2)/(7 + 1); p(1|0) = (3 + p(1))/(4 + 1), p(1|1) = (0 + p(1))/(3 + 1)
+    bigram = ngram_baseline(train, test, 2)
+    one = 3.5 / 8
+    expected = [-math.log((3 + one) / 5), -math.log(one / 4)]
+    assert bigram.losses.tolist() == pytest.approx(expected)
+    assert bigram.cross_entropy == pytest.approx(sum(expected) / 2) and bigram.accuracy == 0.5
+
+
+def naive_losses(train: list[list[int]], test: list[list[int]], size: int, order: int, smoothing: float) -> list[float]:
+    """The formula of the docstring, word for word, one token at a time."""
+
+    def probability(context: tuple[int, ...], token: int) -> float:
+        shorter = probability(context[1:], token) if context else 1 / size
+        seen = [
+            row[i] for row in train for i in range(max(len(context), 1), len(row)) if tuple(row[i - len(context) : i]) == context
+        ]
+        return (seen.count(token) + smoothing * shorter) / (len(seen) + smoothing)
+
+    return [-math.log(probability(tuple(row[max(0, i - order + 1) : i]), row[i])) for row in test for i in range(1, len(row))]
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [2, 3, 9])
+def test_counters_of_any_order_are_the_formula(order, length):
+    generator = torch.Generator().manual_seed(order)
+    train, test = torch.randint(3, (2, 4, length), generator=generator)
+    baseline = ngram_baseline(train, test, 3, order=order, smoothing=0.7)
+    expected = naive_losses(train.tolist(), test.tolist(), 3, order, 0.7)
+    assert baseline.losses.shape == (4, length - 1)
+    assert baseline.losses.flatten().tolist() == pytest.approx(expected)
+    assert baseline.cross_entropy == pytest.approx(sum(expected) / len(expected))
+
+
+def test_counters_reach_the_optimum_of_their_machine():
+    # A chain in which token t + 1 or t + 2 (mod 5) follows t, one time in two: optimum ln 2 nats, 50 %.
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(1, 3, (40_000,), generator=generator)
+    chain = steps.cumsum(0) % 5
+    bigram = ngram_baseline(chain[:30_000], chain[30_000:], 5)
+    assert bigram.cross_entropy == pytest.approx(math.log(2), abs=0.001)
+    assert bigram.accuracy == pytest.approx(0.5, abs=0.015)
+    constant = ngram_baseline(chain[:30_000], chain[30_000:], 5, order=1)
+    assert constant.cross_entropy == pytest.approx(math.log(5), abs=0.001)
+    trigram = ngram_baseline(chain[:30_000], chain[30_000:], 5, order=3)
+    assert trigram.cross_entropy == pytest.approx(math.log(2), abs=0.002)
+    # what training has never shown still costs a finite price
+    assert math.isfinite(ngram_baseline(tensor([0, 0, 0]), tensor([1, 2, 1]), 3, order=3).cross_entropy)

@@ -1,0 +1,126 @@
+"""The benchmark's harness: fair sizes, honest parts, every task in every model, a pool that leaves nothing behind."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nsm_support.mixers.baselines import BASELINES, BaselineConfig, count_parameters
+from nsm_support.studies import benchmark
+from nsm_support.studies.benchmark import SETTINGS, Run, build, models_of, task_of
+from nsm_support.tasks import TASKS
+
+TINY = {name: replace(setting, steps=2, held_out=12, batch_size=4) for name, setting in SETTINGS.items()}
+TINY["permuted_mnist"] = replace(TINY["permuted_mnist"], held_out=4)
+
+
+def test_every_task_has_a_setting():
+    assert SETTINGS.keys() == TASKS.keys()
+    assert all(setting.task == name for name, setting in SETTINGS.items())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_models_have_equally_many_parameters(name):
+    sizes = {model: count_parameters(build(SETTINGS[name], model)) for model in models_of(SETTINGS[name])}
+    assert all(abs(size / sizes["Transformer"] - 1) <= 0.05 for size in sizes.values()), sizes
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_model_trains_on_every_task_and_is_scored_on_what_was_held_out(name):
+    for model in models_of(TINY[name]):
+        rows = benchmark.train(Run(setting=TINY[name], model=model, rate=1e-3, seed=1))
+        parts = [(row["part"], row["length"]) for row in rows]
+        lengths = TINY[name].lengths or (0,)
+        assert parts == [("untrained", lengths[0]), ("validation", 0), *(("test", length) for length in lengths)]
+        assert all(0 <= row["accuracy"] <= 1 and 0 < row["nats"] < 50 and row["seed"] == 1 for row in rows)
+
+
+def test_the_same_run_twice_gives_the_same_numbers_and_another_seed_others():
+    def numbers(seed):
+        rows = benchmark.train(Run(setting=TINY["recall"], model="NSM", rate=1e-2, seed=seed))
+        return [(row["part"], row["nats"]) for row in rows]
+
+    assert numbers(0) == numbers(0) != numbers(3)
+
+
+def test_training_improves_on_the_untrained_network():
+    setting = replace(SETTINGS["parity"], steps=150, lengths=(20,), held_out=100)
+    rows = {row["part"]: row for row in benchmark.train(Run(setting=setting, model="GRU", rate=1e-2, seed=0))}
+    assert rows["test"]["nats"] < rows["untrained"]["nats"] - 0.3
+
+
+def test_folds_of_the_digits_do_not_share_a_test_digit():
+    inputs = [task_of(SETTINGS["mnist"], seed).held_out("test").inputs.flatten(1) for seed in range(5)]
+    assert sum(len(part) for part in inputs) == 5000
+    assert len(torch.cat(inputs).unique(dim=0)) >= 4990  # MNIST itself repeats hardly any
+    train = task_of(SETTINGS["mnist"], 2).parts["train"].inputs.flatten(1)
+    seen = {tuple(row.tolist()) for row in train}
+    assert not any(tuple(row.tolist()) in seen for row in inputs[2])
+
+
+def test_a_variant_changes_what_it_names_and_keeps_the_size():
+    base, one = build(SETTINGS["mnist"], "NSM"), build(SETTINGS["mnist"], "NSM", {"num_states": 1})
+    assert (base.config.num_states, one.config.num_states) == (8, 1)
+    assert abs(count_parameters(one) / count_parameters(base) - 1) < 0.05
+
+
+def test_an_unknown_model_is_refused_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"'NSM', 'Transformer', 'LSTM', 'GRU', 'Mamba', 'CNN'; got 'RNN'"):
+        build(SETTINGS["mnist"], "RNN")
+
+
+def test_the_rate_is_chosen_on_validation_alone():
+    def row(part, rate, accuracy, nats, variant=""):
+        return {"task": "t", "model": "m", "variant": variant, "part": part, "rate": rate, "accuracy": accuracy, "nats": nats}
+
+    rows = [
+        row("validation", 0.1, 0.5, 1.0),
+        row("test", 0.1, 0.9, 0.1),
+        row("validation", 0.2, 0.6, 2.0),
+        row("test", 0.2, 0.1, 9.0),
+        row("validation", 0.3, 0.6, 1.5),
+        row("validation", 0.4, 0.9, 0.1, "a variant"),
+    ]
+    assert benchmark.best_rates(rows) == {("t", "m"): 0.3}  # most accurate, then the smaller cross-entropy
+
+
+def test_the_pool_gives_what_one_process_gives_in_the_order_of_the_runs():
+    runs = [Run(setting=TINY["recall"], model=model, rate=1e-3, seed=0) for model in ("GRU", "LSTM")]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = [row for run in runs for row in benchmark.train(run)]
+    finally:
+        torch.set_num_threads(threads)
+    pooled = benchmark.train_all(runs, workers=2)
+    for a, b in zip(alone, pooled, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_a_run_that_fails_says_why():
+    with pytest.raises(ValueError, match="got 'none of them'"):
+        benchmark.train_all([Run(setting=TINY["recall"], model="none of them", rate=1e-3, seed=0)], workers=2)
+
+
+@pytest.mark.parametrize("model", benchmark.MODELS)
+def test_what_is_timed_is_as_large_as_the_transformer_and_leaves_gradients(model):
+    size = count_parameters(benchmark.cost_model(model))
+    reference = BASELINES["Transformer"](BaselineConfig(head="labelling", vocab_size=64, output_dim=64, width=64))
+    assert abs(size / count_parameters(reference) - 1) <= 0.05
+    once = benchmark.training_pass(model, 300)  # more than two chunks
+    once()
+    network = next(cell.cell_contents for cell in once.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("model", benchmark.MODELS)
+def test_a_stream_goes_on_where_the_full_pass_ends(model):
+    """The timed stream is a real one: its next output is that of the full pass over one token more."""
+    network = benchmark.cost_model(model).eval()
+    tokens = torch.randint(64, (1, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        stream = network.start(1)
+        for token in tokens.T:
+            output, stream = network.step(token, stream)
+        assert torch.allclose(output, network(tokens)[:, -1], atol=1e-4)
+    benchmark.stream_from(model, 9)()

@@ -1,0 +1,140 @@
+"""Values and verdicts: what a page hands over, and the rule that decides."""
+
+import math
+
+import pytest
+
+from nsm_support import results
+from nsm_support.results import glue, verdict
+
+RULE = {"supported": "low > 0", "refuted": "high < 0", "min_n": 6}
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    calls = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata: calls.append((data, metadata)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("low", "estimate", "high", "n", "word"),
+    [
+        (0.1, 0.2, 0.3, 6, "supported"),
+        (-0.3, -0.2, -0.1, 6, "refuted"),
+        (-0.1, 0.1, 0.3, 6, "undecided"),
+        (0.1, 0.2, 0.3, 5, "undecided"),
+        (0.0, 0.2, 0.3, 6, "undecided"),
+        (0.0, 0.0, 0.0, 99, "undecided"),
+    ],
+)
+def test_verdict_follows_the_rule(low, estimate, high, n, word):
+    assert verdict(RULE, estimate=estimate, low=low, high=high, n=n) == word
+
+
+@pytest.mark.parametrize(
+    ("word", "n", "why"),
+    [
+        ("supported", 6, "the whole interval is above 0"),
+        ("refuted", 6, "the whole interval is below 0"),
+        ("undecided", 6, "the interval holds 0"),
+        ("undecided", 3, "n = 3, and the rule asks for 6"),
+        ("undecided", 0, "this run did not measure at the size asked about"),
+    ],
+)
+def test_a_verdict_has_its_reason(word, n, why):
+    assert results.reason(RULE, word, n) == why
+
+
+def test_every_rule_has_words():
+    rule = {"supported": "estimate >= 1", "refuted": "low <= 0.5", "min_n": 1}
+    assert results.reason(rule, "supported", 1) == "the estimate is at least 1"
+    assert results.reason(rule, "refuted", 1) == "its lower end is at most 0.5"
+    assert results.reason(rule, "undecided", 1) == (
+        "neither is it so that the estimate is at least 1, nor that its lower end is at most 0.5"
+    )
+    assert results.in_words("high < -0.1") == "the whole interval is below -0.1"
+    assert results.in_words("high >= 2") == "its upper end is at least 2"
+
+
+def test_verdict_knows_every_sign_and_bound():
+    rule = {"supported": "estimate >= 1.5", "refuted": "estimate <= -0.5", "min_n": 2}
+    assert verdict(rule, estimate=1.5, low=1, high=2, n=2) == "supported"
+    assert verdict(rule, estimate=1.49, low=1, high=2, n=2) == "undecided"
+    assert verdict(rule, estimate=-0.5, low=-1, high=2, n=2) == "refuted"
+
+
+def test_verdict_refuses_what_cannot_be_decided():
+    with pytest.raises(ValueError, match="does not hold the estimate"):
+        verdict(RULE, estimate=1.0, low=2.0, high=3.0, n=9)
+    with pytest.raises(ValueError, match="does not hold the estimate"):
+        verdict(RULE, estimate=math.nan, low=2.0, high=3.0, n=9)
+    with pytest.raises(ValueError, match="both"):
+        verdict({"supported": "low > 0", "refuted": "high > 0", "min_n": 2}, estimate=1, low=1, high=1, n=2)
+    with pytest.raises(ValueError, match="not of the form"):
+        verdict({**RULE, "supported": "low > zero"}, estimate=1, low=1, high=1, n=6)
+
+
+def test_glue_keeps_the_value_exactly(shown):
+    glue("third", 1 / 3, measured=True)
+    ((data, metadata),) = shown
+    assert metadata["scrapbook"]["value"] == 1 / 3 and metadata["scrapbook"]["measured"] is True
+    assert data == {results.GLUE_MIME: repr(1 / 3)}
+
+
+def test_glue_takes_an_estimate_apart(shown):
+    from nsm_support.statistics import t_interval
+
+    glue("gain", t_interval([1.0, 2.0, 3.0]))
+    values = {metadata["scrapbook"]["name"]: metadata["scrapbook"]["value"] for _, metadata in shown}
+    assert values.keys() == {"gain", "gain_low", "gain_high", "gain_n"}
+    assert values["gain"] == 2.0 and values["gain_low"] < 2.0 < values["gain_high"] and values["gain_n"] == 3
+
+
+@pytest.mark.parametrize("value", [[1], None, {"a": 1}])
+def test_glue_refuses_what_no_sentence_can_hold(value):
+    with pytest.raises(TypeError, match="accepts a number, a string or an estimate"):
+        glue("odd", value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_glue_refuses_what_is_not_finite(value):
+    with pytest.raises(ValueError, match="no sentence can use"):
+        glue("odd", value)
+
+
+def test_claim_has_to_be_written_down_before():
+    with pytest.raises(KeyError, match=r"does not stand in book/claims.yml, which holds: .*routing_knows_digit"):
+        results.claim("afterthought", estimate=1, low=0, high=2, n=9)
+
+
+def test_a_page_reads_back_what_it_made_in_this_run(monkeypatch, tmp_path):
+    for name in ("NEEDS", "MAKES"):
+        monkeypatch.setenv(f"NSM_BOOK_{name}", str(tmp_path / name))
+        (tmp_path / name).mkdir()
+    (tmp_path / "NEEDS" / "a.txt").write_text("another page's, or an earlier run's")
+    assert results.read_product("a.txt") == tmp_path / "NEEDS" / "a.txt"
+    results.write_product("a.txt").write_text("this run's")
+    assert results.read_product("a.txt").read_text() == "this run's"
+
+
+def test_products_stay_in_their_store(monkeypatch, tmp_path):
+    monkeypatch.setenv("NSM_BOOK_MAKES", str(tmp_path))
+    monkeypatch.setenv("NSM_BOOK_NEEDS", str(tmp_path))
+    for name in ("../out.pt", "/out.pt", "a/../../out.pt"):
+        with pytest.raises(ValueError, match="relative path inside the store"):
+            results.write_product(name)
+    with pytest.raises(FileNotFoundError, match="run the page that makes it first"):
+        results.read_product("model.pt")
+    results.write_product("model.pt").write_text("x")
+    assert results.read_product("model.pt").read_text() == "x"
+
+
+def test_a_notebook_outside_the_pipeline_finds_what_was_built(monkeypatch, tmp_path):
+    monkeypatch.delenv("NSM_BOOK_NEEDS", raising=False)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for profile in ("quick", "full", "interactive"):
+        path = tmp_path / "_build/products" / profile / "model.pt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert results.read_product("model.pt") == path
