@@ -1,0 +1,424 @@
+"""What people write for the book, held to one schema: `book/pages.yml`, a page's parameters cell, `book/params/quick.yml`,
+`book/claims.yml`, and, in `sweep_table`, `book/sweeps/NAME.yml`. Whatever is wrong is a `BookError` of one line."""
+
+import ast
+import copy
+import difflib
+import io
+import re
+import tokenize
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from nsm_book import ROOT, BookError
+
+BOOK, BUILD = ROOT / "book", ROOT / "_build"
+PROFILES = ("quick", "full")
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "Literal": Literal}
+PARAMETERS = re.compile(  # as jupytext writes a code cell tagged `parameters`
+    r"^(?P<fence>`{3,})\{code-cell\}.*\n(?::.*\n)*?:tags: \[(?:.*\W)?parameters(?:\W.*)?\]\n(?::.*\n)*\n*"
+    r"(?P<source>(?:(?!(?P=fence)).*\n)*?)(?P=fence)`*[ \t]*$",
+    re.MULTILINE,
+)
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: on one line, and not longer than a person reads."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes out no number of more than 4,300 digits, and no deep nest
+        text = f"{type(value).__name__} too large to show"
+    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
+
+
+def one_line(text: Any) -> str:
+    """Another's message on one line, of no more than a person reads."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split()))[:200]
+
+
+def unknown(what: str, given: Any, accepted: Iterable[str]) -> str:
+    """The sentence for a name that is not known: what was given, the nearest accepted name, and all of them."""
+    accepted = list(accepted)
+    near = difflib.get_close_matches(given[:100] if isinstance(given, str) else "", accepted, n=1)
+    hint = f"; nearest: {near[0]}" if near else ""
+    return f"unknown {what} {brief(given)}{hint}; accepted: {', '.join(accepted) or 'none'}"
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML in which no key stands twice, and which no alias can blow up."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "accepts no aliases", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is one name", key.start_mark)
+            if key.value in seen:
+                problem = f"key {brief(key.value)}: accepts each name once"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+@lru_cache(maxsize=32)
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Strict)
+
+
+def read_text(name: str) -> str:
+    """A file under `book/`.
+
+    Raises:
+        BookError: if there is none, or it is not UTF-8.
+    """
+    try:
+        return (BOOK / name).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise BookError(f"book/{name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BookError(f"book/{name}: byte {error.start}: accepts UTF-8 only") from None
+
+
+def read_yaml(name: str) -> Any:
+    """What a YAML file under `book/` holds: to be read only, for all who ask share it.
+
+    Raises:
+        BookError: naming the file and the line that is no YAML, has an alias, or repeats a key.
+    """
+    text = read_text(name)
+    try:
+        return _parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise BookError(f"book/{name}: line {line}: {one_line(error.problem)}") from None
+    # What PyYAML raises where a value is not of its tag: `!!bool maybe`, `!!int ""`, `!!timestamp x`, 1:1:1…
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise BookError(f"book/{name}: is no YAML: {one_line(error)}") from None
+
+
+class Entry(BaseModel):
+    """An entry of a YAML file: exact types, known keys, no key without a value."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            raise ValueError(f"accepts the keys {', '.join(cls.model_fields)}; got {brief(given)}")
+        for key, value in given.items():
+            if key not in cls.model_fields:
+                raise ValueError(unknown("key", key, cls.model_fields))
+            if value is None:
+                raise ValueError(f"{key}: has no value")
+        return given
+
+
+Model = TypeVar("Model", bound=Entry)
+
+
+def validate(model: type[Model], given: Any, where: str) -> Model:
+    """What was given as such an entry.
+
+    Raises:
+        BookError: with the first thing that is wrong: where, what was given, what is accepted.
+    """
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    place = ": ".join([where, *(one_line(f"entry {part + 1}" if isinstance(part, int) else part) for part in first["loc"])])
+    if first["type"] == "value_error":  # raised by this module: it says what was given
+        raise BookError(f"{place}: {first['ctx']['error']}")
+    given = "nothing" if first["type"] == "missing" else brief(first["input"])
+    raise BookError(f"{place}: {one_line(first['msg'])}, got {given}")
+
+
+def _all_profiles(budget: dict) -> dict:
+    if lacking := [profile for profile in PROFILES if profile not in budget]:
+        raise ValueError(f"needs seconds for each profile, has none for {', '.join(lacking)}")
+    return budget
+
+
+Profile = Literal["quick", "full"]
+Product = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$")]
+Products = Annotated[tuple[Product, ...], Field(strict=False)]  # YAML has lists only
+Count = Annotated[int, Field(gt=0)]
+
+
+class Page(Entry):
+    """One executable page, as `book/pages.yml` describes it.
+
+    `budget` is in seconds, `memory` in MB, `cores` how many of them its processes keep busy; `needs` and `makes` name files
+    in the store of products; a page that `reads_results` comes after all others, whose results it reads.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w-]+(/[\w-]+)*$")]
+    budget: Annotated[dict[Profile, Annotated[int | float, Field(gt=0)]], AfterValidator(_all_profiles)]
+    memory: Count
+    cores: Count = 1
+    needs: Products = ()
+    makes: Products = ()
+    reads_results: bool = False
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    @property
+    def source(self) -> Path:
+        return BOOK / f"{self.name}.md"
+
+    def run_file(self, profile: str) -> Path:
+        """Where the executed notebook lies."""
+        return BUILD / "runs" / profile / f"{self.name}.ipynb"
+
+
+@cache
+def pages() -> dict[str, Page]:
+    """All executable pages by name, in the order of `book/pages.yml`.
+
+    Raises:
+        BookError: if a page has no source, two pages make one product, or a product that is needed is made by none.
+    """
+    entries = read_yaml("pages.yml")
+    found: dict[str, Page] = {}
+    makers: dict[str, str] = {}
+    if not isinstance(entries, dict):
+        raise BookError(f"book/pages.yml: accepts `PAGE: {{budget: …, memory: …}}`, got {brief(entries)}")
+    for name, entry in entries.items():
+        where = f"book/pages.yml: {one_line(name)}"
+        page = validate(Page, {"name": name, **entry} if isinstance(entry, dict) else entry, where)
+        if page.name != name or not page.source.is_file():
+            raise BookError(f"{where}: there is no book/{page.name}.md")
+        found[page.name] = page
+        for product in page.makes:
+            if product in makers:
+                raise BookError(f"{where}: makes {product}, which {makers[product]} makes already")
+            makers[product] = page.name
+    for page in found.values():
+        for product in page.needs:
+            if product not in makers:
+                raise BookError(f"book/pages.yml: {page.name}: needs {product}, which no page makes")
+    return found
+
+
+def page(name: str) -> Page:
+    """The page of that name, or of the file `book/NAME.md`.
+
+    Raises:
+        BookError: naming the nearest page and all of them.
+    """
+    name = name.removeprefix("book/").removesuffix(".md")
+    if name not in pages():
+        raise BookError(unknown("page", name, pages()))
+    return pages()[name]
+
+
+def read_notebook(page: Page):
+    """The page's notebook, as jupytext reads it from the Markdown source: a copy of the caller's own.
+
+    Raises:
+        BookError: if that has other cells tagged `parameters` than the source seems to have.
+    """
+    text = read_text(f"{page.name}.md")
+    notebook = copy.deepcopy(_notebook(text))
+    tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    if tagged != [match["source"].rstrip() for match in PARAMETERS.finditer(text)]:
+        raise BookError(f"book/{page.name}.md: needs its parameters in a code cell of their own, with `:tags: [parameters]`")
+    return notebook
+
+
+@lru_cache(maxsize=64)
+def _notebook(text: str):
+    import jupytext
+
+    return jupytext.reads(text, fmt="md")
+
+
+def title(page: Page) -> str:
+    """The title of a page, as its source has it."""
+    head = re.search(r"^# +(.+)$", re.sub(r"\A---\n.*?\n---\n", "", read_text(f"{page.name}.md"), flags=re.DOTALL), re.MULTILINE)
+    if not head:
+        raise BookError(f"book/{page.name}.md: has no title: needs a line `# Title`")
+    return head[1].strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One line of a page's `parameters` cell: `name: type = default  # meaning`."""
+
+    name: str
+    type: str
+    default: Any
+    meaning: str
+
+    def accept(self, value: Any, page_name: str) -> Any:
+        """The value as the page's own type. Text (from a command line or a table) is read as that type first; what was accepted
+        is accepted again as it is.
+
+        Raises:
+            BookError: naming the page, the parameter, its type and the value.
+        """
+        as_text = self.type == "str" or self.type.startswith("Literal[")
+        read = value if as_text or not isinstance(value, str) else _literal(value)
+        errors = []
+        for candidate in (read, value):  # `5` is no `str | None`, and yet a text
+            try:
+                return _adapter(self.type).validate_python(candidate)
+            except ValidationError as error:
+                errors.append(error.errors(include_url=False)[0]["msg"])
+        about = f"parameter {self.name} is {self.type} (default {self.default!r})"
+        raise BookError(f"{page_name}: {about}, got {brief(read)}: {errors[0]}")
+
+
+@lru_cache(maxsize=10_000)
+def _literal(text: str) -> Any:
+    """What a text says as a Python literal; the text itself if it is none, or quotes another text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python may refuse one day
+            found = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return text if isinstance(found, str) else found
+
+
+@cache
+def _adapter(kind: str) -> TypeAdapter:
+    """What holds a value to a parameter's type: strictly, and without what a result store or a command line cannot hold: NaN,
+    infinity, whole numbers of more than 64 bits, null characters."""
+    names = {**TYPES, "int": Annotated[int, Field(ge=-(2**63), lt=2**63)], "str": Annotated[str, Field(pattern=r"^[^\x00]*$")]}
+    accepted = eval(kind, {"__builtins__": {}}, names)  # a page's own annotation
+    return TypeAdapter(accepted, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+@cache
+def parameters(page: Page) -> dict[str, Parameter]:
+    """The parameters of a page, read from its one cell tagged `parameters`, in order.
+
+    Raises:
+        BookError: if there is not exactly one such cell, or a line in it is not `name: type = default  # meaning`.
+    """
+    file, text = f"book/{page.name}.md", read_text(f"{page.name}.md")
+    cells = list(PARAMETERS.finditer(text))
+    if len(cells) != 1:
+        raise BookError(f"{file}: needs exactly one code cell with `:tags: [parameters]`, has {len(cells)}")
+    source, above = cells[0]["source"], text.count("\n", 0, cells[0].start("source"))
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise BookError(f"{file}: line {above + (error.lineno or 1)}: parameters cell: {error.msg}") from None
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    found: dict[str, Parameter] = {}
+    for node in body:
+        where = f"{file}: line {above + node.lineno}: parameters cell"
+        meaning = comments.get(node.end_lineno or 0, "")
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value and meaning):
+            raise BookError(f"{where}: accepts `name: type = default  # meaning` only")
+        name, kind = node.target.id, ast.unparse(node.annotation)
+        try:
+            _adapter(kind)
+        except Exception:  # whatever Python or pydantic has against it
+            raise BookError(f"{where}: type {kind}: accepts {', '.join(TYPES)} and lists of them") from None
+        try:
+            default = ast.literal_eval(node.value)
+        except (ValueError, TypeError):
+            given = ast.unparse(node.value)
+            raise BookError(f"{where}: the default of {name} has to be a literal, got {given}") from None
+        if name in found:
+            raise BookError(f"{where}: {name} stands there twice")
+        found[name] = Parameter(name, kind, default, meaning)
+        found[name].accept(default, page.name)
+    return found
+
+
+def check_parameters(page: Page, given: dict[str, Any]) -> dict[str, Any]:
+    """The given parameters with the page's own types: strict, and before any kernel starts.
+
+    Raises:
+        BookError: for an unknown name, a wrong type or an unparsable value.
+    """
+    accepted = parameters(page)
+    for name in given:
+        if name not in accepted:
+            raise BookError(f"{page.name}: {unknown('parameter', name, accepted)}")
+    return {name: accepted[name].accept(value, page.name) for name, value in given.items()}
+
+
+def profile_parameters(page: Page, profile: str) -> dict[str, Any]:
+    """What a profile changes on a page: nothing for `full`, the lines of `book/params/quick.yml` for `quick`."""
+    if profile not in PROFILES:
+        raise BookError(unknown("profile", profile, PROFILES))
+    if profile == "full":
+        return {}
+    file = f"params/{profile}.yml"
+    table = read_yaml(file) or {}
+    for name, given in table.items() if isinstance(table, dict) else [(None, table)]:
+        if name not in pages():
+            raise BookError(f"book/{file}: {unknown('page', name, pages())}")
+        if not isinstance(given, dict):
+            raise BookError(f"book/{file}: {name}: accepts `{{parameter: value}}`, got {brief(given)}")
+    try:
+        return check_parameters(page, table.get(page.name, {}))
+    except BookError as error:
+        raise BookError(f"book/{file}: {error}") from None
+
+
+Comparison = Annotated[str, Field(pattern=r"^(estimate|low|high) (<|<=|>|>=) -?[0-9]+(\.[0-9]+)?$")]
+
+
+class Rule(Entry):
+    """What decides a claim: comparisons such as `low > 0`, and the least number of independent units behind a verdict."""
+
+    supported: Comparison
+    refuted: Comparison
+    min_n: Annotated[int, Field(ge=2)]
+
+
+class Claim(Entry):
+    """A question that was written down before the run, the page that answers it, and the rule that decides."""
+
+    id: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    question: Annotated[str, Field(pattern=r"\?$")]
+    page: str
+    metric: Annotated[str, Field(min_length=10)]
+    rule: Rule
+
+
+def claims() -> list[Claim]:
+    """All claims, in the order of `book/claims.yml`.
+
+    Raises:
+        BookError: naming the entry and what is wrong with it.
+    """
+    entries = read_yaml("claims.yml")
+    if not isinstance(entries, list):
+        raise BookError(f"book/claims.yml: accepts a list of claims, got {brief(entries)}")
+    found: dict[str, Claim] = {}
+    for number, entry in enumerate(entries, start=1):
+        id = entry.get("id") if isinstance(entry, dict) else None
+        where = f"book/claims.yml: {one_line(id) if isinstance(id, str) else f'entry {number}'}"
+        claim = validate(Claim, entry, where)
+        if claim.id in found:
+            raise BookError(f"{where}: stands there twice")
+        if claim.page not in pages():
+            raise BookError(f"{where}: {unknown('page', claim.page, pages())}")
+        found[claim.id] = claim
+    return list(found.values())
+
+
+def claims_of(page_name: str) -> list[Claim]:
+    """The claims that a page has to answer."""
+    return [claim for claim in claims() if claim.page == page_name]
