@@ -16,10 +16,9 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nsm_book import BookError, claims, collect, execute, stage, swept
+from nsm_book import ROOT, BookError, claims, collect, execute, stage, swept
 from nsm_book.fingerprint import record, stale_pages
 from nsm_book.pages import BUILD, pages, parameters, profile_parameters
-from nsm_support.results import ROOT
 
 SITE_SECONDS = 20.0  # what rendering is expected to take before it was ever measured
 

@@ -20,11 +20,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nsm_book import BookError, gate
+from nsm_book import ROOT, BookError, gate
 from nsm_book.fingerprint import differences, digest, fingerprint, module_file, product, record, sealed, set_aside, stale_makers
 from nsm_book.markup import plain
-from nsm_book.pages import BUILD, Page, check, pages, parameters, profile_parameters, read
-from nsm_support.results import ROOT
+from nsm_book.pages import BOOK, BUILD, Page, check, pages, parameters, profile_parameters, read
 
 VERSIONS = ("torch", "numpy", "scipy", "matplotlib", "plotly", "papermill", "jupyter-book")
 SOCKETS = "/tmp"  # instead of a TMPDIR whose path is too long: a socket's has 103 bytes at most
@@ -39,6 +38,7 @@ def environment(needs: Path, makes: Path) -> dict[str, str]:
         "NSM_BOOK_RUN": "1",
         "NSM_BOOK_NEEDS": str(needs),
         "NSM_BOOK_MAKES": str(makes),
+        "NSM_BOOK_CLAIMS": str(BOOK / "claims.yml"),
         "IPYTHONDIR": str(BUILD / "ipython"),
         "PYTHONHASHSEED": "0",
         "MPLBACKEND": "agg",

@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nsm_book import ROOT
 from nsm_book.pages import BUILD, Page, pages, profile_parameters, read, read_yaml
-from nsm_support.results import ROOT
 
 PINS = ("requirements.txt", "constraints.txt")
 

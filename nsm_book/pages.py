@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from nsm_book import BookError
-from nsm_support.results import ROOT
+from nsm_book import ROOT, BookError
 
 BOOK = ROOT / "book"
 BUILD = ROOT / "_build"

@@ -15,11 +15,11 @@ from typing import Any
 import nbformat
 import yaml
 
-from nsm_book import BookError, claims, collect, compare, gate, ledger, reference, runs, swept
+from nsm_book import ROOT, BookError, claims, collect, compare, gate, ledger, reference, runs, swept
 from nsm_book.fingerprint import differences, digest, record
 from nsm_book.markup import plain
 from nsm_book.pages import BOOK, BUILD, Page, page, pages, read_yaml, unknown
-from nsm_support.results import ROOT
+from nsm_support.figures import STATIC
 
 SITE = BUILD / "html"
 FOREIGN = re.compile(r"\{glue:text\}`([\w/\-]+):([\w.\-]+)(?::([^`]*))?`")
@@ -55,9 +55,9 @@ def ingredients(profile: str) -> str:
     sources = {entry.source for entry in pages().values()}
     kinds = {".csv", ".md", ".bib", ".yml", ".json", ".css", ".js", ".svg", ".png", ".ico"}
     files = [path for path in BOOK.rglob("*") if path.suffix in kinds and path not in sources and path.is_file()]
-    files += [*ROOT.glob("nsm_*/**/*.py"), ROOT / "_config.yml", ROOT / "_toc.yml"]
+    files += [*ROOT.glob("nsm_*/**/*.py"), *STATIC.iterdir(), ROOT / "_config.yml", ROOT / "_toc.yml"]
     files += [*(BUILD / "sweeps").glob("*.parquet"), *filter(Path.exists, [runs.rerun_record(profile)])]
-    each = [f"{path.relative_to(ROOT)} {digest(path)}" for path in sorted(files)]
+    each = [f"{os.path.relpath(path, ROOT)} {digest(path)}" for path in sorted(files)]
     return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
@@ -179,7 +179,8 @@ def stage(profile: str) -> Path:
         if path not in wanted:
             path.unlink()
     shutil.rmtree(folder / "_static", ignore_errors=True)
-    shutil.copytree(BOOK / "_static", folder / "_static")
+    for assets in (BOOK / "_static", STATIC):
+        shutil.copytree(assets, folder / "_static", dirs_exist_ok=True)
     for name in ("references.bib",):
         write_if_changed(folder / name, (BOOK / name).read_text())
     local_scripts(folder / "_local")

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from nsm_book import BookError
+from nsm_book import ROOT, BookError
 from nsm_book.pages import BOOK, BUILD, PROFILES, Page, brief, check, page, parameters, profile_parameters, unknown
-from nsm_support.results import ROOT
 
 MOST = 100_000  # runs of one sweep
 FACTS = ("seconds", "peak_memory_mb", "device", "commit", "date")  # of a run, that its row repeats

@@ -165,7 +165,7 @@ def _measure_here(prepare: str, arguments: tuple, warm_up: tuple | None, device:
             make(*warm_up)()
         function = make(*arguments)
         gc.collect()
-        result = (_growth_on_cuda if device == "cuda" else _growth)(function) / 2**20
+        result: float | str = (_growth_on_cuda if device == "cuda" else _growth)(function) / 2**20
     except Exception as error:
         result = f"{type(error).__name__}: {error}"
     with answer:

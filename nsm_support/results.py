@@ -8,11 +8,9 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-ROOT = Path(__file__).resolve().parents[1]
-"""The checkout that this package stands in."""
-
+NUMBERS = ("estimate", "low", "high", "n")
 GLUE_MIME = "application/papermill.record/text/plain"
 RULE = re.compile(r"^(estimate|low|high) (<|<=|>|>=) (-?\d+(?:\.\d+)?)$")
 SIGNS = {"<": "below", "<=": "at most", ">": "above", ">=": "at least"}
@@ -27,12 +25,29 @@ class Claim(NamedTuple):
     low: float
     high: float
     n: int
-    verdict: str
-    reason: str
+    verdict: str | None
+    reason: str | None
 
 
-def glue(key: str, value: Any, *, measured: bool = False) -> None:
-    """Hand one value to the prose (`{glue:text}`) and to the result store.
+class Interval(Protocol):
+    """A number, its 95 % interval and the independent units behind it: `nsm_support.statistics.Estimate`, or alike."""
+
+    @property
+    def estimate(self) -> float: ...
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
+
+    @property
+    def n(self) -> int: ...
+
+
+def glue(key: str | None = None, value: Any = None, /, *, measured: bool = False, **values: Any) -> None:
+    """Hand values to the prose (`{glue:text}`) and to the result store: one, `glue("loss", 0.1)`, or many,
+    `glue(loss=0.1, steps=300)`.
 
     Args:
         key: name of the value, unique on its page.
@@ -45,10 +60,16 @@ def glue(key: str, value: Any, *, measured: bool = False) -> None:
         TypeError: for a value that is none of these.
         ValueError: for a number that is not finite: a blank in a sentence is never what was meant.
     """
-    if all(hasattr(value, field) for field in ("estimate", "low", "high", "n")):
-        glue(key, value.estimate, measured=measured)
-        for field in ("low", "high", "n"):
-            glue(f"{key}_{field}", getattr(value, field), measured=measured)
+    if key is not None:
+        _glue(key, value, measured)
+    for name, one in values.items():
+        _glue(name, one, measured)
+
+
+def _glue(key: str, value: Any, measured: bool) -> None:
+    if all(hasattr(value, field) for field in NUMBERS):
+        for field in NUMBERS:
+            _glue(key if field == "estimate" else f"{key}_{field}", getattr(value, field), measured)
         return
     if hasattr(value, "item"):
         value = value.item()  # a NumPy or torch scalar
@@ -60,6 +81,18 @@ def glue(key: str, value: Any, *, measured: bool = False) -> None:
 
     scrap = {"name": key, "mime_prefix": "application/papermill.record/", "value": value, "measured": measured}
     display({GLUE_MIME: repr(value)}, raw=True, metadata={"scrapbook": scrap})
+
+
+def parse(comparison: str) -> tuple[str, str, str]:
+    """The parts of a comparison such as `low > 0`: what is compared, the sign, the bound.
+
+    Raises:
+        ValueError: if it is no comparison of the estimate or an end of its interval with a number.
+    """
+    match = RULE.match(comparison)
+    if match is None:
+        raise ValueError(f"rule {comparison!r} is not of the form 'estimate|low|high <|<=|>|>= number'")
+    return match[1], match[2], match[3]
 
 
 def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n: int) -> str:
@@ -84,10 +117,7 @@ def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n
     values = {"estimate": estimate, "low": low, "high": high}
     holds = {}
     for word in ("supported", "refuted"):
-        match = RULE.match(rule[word])
-        if match is None:
-            raise ValueError(f"rule {word}: {rule[word]!r} is not of the form 'estimate|low|high <|<=|>|>= number'")
-        name, sign, bound = match.groups()
+        name, sign, bound = parse(rule[word])
         holds[word] = COMPARE[sign](values[name], float(bound))
     if all(holds.values()):
         raise ValueError(f"both 'supported: {rule['supported']}' and 'refuted: {rule['refuted']}' hold for {values}")
@@ -96,7 +126,7 @@ def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n
 
 def in_words(comparison: str) -> str:
     """`low > 0`, say, as a sentence: "the whole interval is above 0"."""
-    name, sign, bound = RULE.match(comparison).groups()
+    name, sign, bound = parse(comparison)
     whole = (name, sign[0]) in {("low", ">"), ("high", "<")}
     parts = {"estimate": "the estimate", "low": "its lower end", "high": "its upper end"}
     subject = "the whole interval" if whole else parts[name]
@@ -111,34 +141,61 @@ def reason(rule: dict[str, Any], word: str, n: int) -> str:
         return f"n = {n}, and the rule asks for {rule['min_n']}"
     if word != "undecided":
         return in_words(rule[word])
-    bounds = {RULE.match(rule[word])[3] for word in ("supported", "refuted")}
+    bounds = {parse(rule[word])[2] for word in ("supported", "refuted")}
     if len(bounds) == 1:
         return f"the interval holds {bounds.pop()}"
     return f"neither is it so that {in_words(rule['supported'])}, nor that {in_words(rule['refuted'])}"
 
 
-def claim(id: str, *, estimate: float, low: float, high: float, n: int, measured: bool = False) -> Claim:
+def _upward(name: str) -> Path | None:
+    """The nearest folder, from the working one upward, that holds this file."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / name).exists()), None)
+
+
+def _claims_file() -> Path | None:
+    """The questions of the book at hand: the file that NSM_BOOK_CLAIMS names, else the nearest `book/claims.yml`, if any."""
+    folder = _upward("book/claims.yml")
+    nearest = folder / "book" / "claims.yml" if folder else None
+    return Path(os.environ["NSM_BOOK_CLAIMS"]) if os.environ.get("NSM_BOOK_CLAIMS") else nearest
+
+
+def claim(id: str, found: Interval | None = None, *, measured: bool = False, **numbers: float) -> Claim:
     """Answer one question of `book/claims.yml` and glue the answer, so that the prose can only repeat it.
 
-    Glues `ID` (the estimate), `ID_low`, `ID_high`, `ID_n`, `ID_verdict` and `ID_reason`. An estimate of `nsm_support.statistics`
-    unpacks: `claim("router-knows-digit", **interval._asdict())`. `measured` as in `glue`, for claims about seconds. A run that
-    measured at another size than the question's gives n = 0: the ledger then shows neither estimate nor interval.
+    Glues `ID` (the estimate), `ID_low`, `ID_high`, `ID_n`, `ID_verdict` and `ID_reason`. Where no book is at hand (neither
+    NSM_BOOK_CLAIMS nor a `book/claims.yml` upward from the working folder) there is no rule: verdict and reason are None.
+
+    Args:
+        id: of the claim.
+        found: an estimate of `nsm_support.statistics`, or anything with `estimate`, `low`, `high` and `n`; or these four by
+            name. A run that measured at another size than the question's gives n = 0: the ledger then shows neither estimate
+            nor interval.
+        measured: as in `glue`, for claims about seconds.
 
     Raises:
         KeyError: if the claim was not written down beforehand; the message lists those that were.
+        TypeError: for anything but an estimate or its four numbers.
         ValueError: as `verdict`.
     """
-    import yaml
+    given: dict[str, Any] = numbers if found is None else {field: getattr(found, field, None) for field in NUMBERS}
+    if set(given) != set(NUMBERS) or None in given.values() or (found is not None and numbers):
+        raise TypeError(f"claim({id!r}): accepts an estimate, or {', '.join(NUMBERS)} by name; got {found!r} and {numbers}")
+    estimate, low, high, n = float(given["estimate"]), float(given["low"]), float(given["high"]), int(given["n"])
+    path, word, why = _claims_file(), None, None
+    if path is not None:
+        import yaml
 
-    path = ROOT / "book" / "claims.yml"
-    rules = {entry["id"]: entry["rule"] for entry in yaml.safe_load(path.read_text())}
-    if id not in rules:
-        raise KeyError(f"claim {id!r} does not stand in book/claims.yml, which holds: {', '.join(sorted(rules))}")
-    word = verdict(rules[id], estimate=estimate, low=low, high=high, n=n)
-    answer = Claim(id, float(estimate), float(low), float(high), int(n), word, reason(rules[id], word, n))
+        rules = {entry["id"]: entry["rule"] for entry in yaml.safe_load(path.read_text())}
+        if id not in rules:
+            raise KeyError(f"claim {id!r} does not stand in {path}, which holds: {', '.join(sorted(rules))}")
+        word = verdict(rules[id], estimate=estimate, low=low, high=high, n=n)
+        why = reason(rules[id], word, n)
+    answer = Claim(id, estimate, low, high, n, word, why)
     glue(id, answer, measured=measured)
-    glue(f"{id}_verdict", answer.verdict, measured=measured)
-    glue(f"{id}_reason", answer.reason, measured=measured)
+    if path is not None:
+        glue(f"{id}_verdict", word, measured=measured)
+        glue(f"{id}_reason", why, measured=measured)
     return answer
 
 
@@ -146,7 +203,15 @@ def _product(name: str, variable: str) -> Path:
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"product {name!r}: accepts a relative path inside the store, such as 'visualization/digits.pt'")
-    return Path(os.environ.get(variable, ROOT / "_build" / "products" / "interactive")) / path
+    if variable in os.environ:
+        return Path(os.environ[variable]) / path
+    checkout = _upward("book/pages.yml")
+    if checkout is None:
+        raise FileNotFoundError(
+            f"product {name!r}: there is no store; accepts a folder in {variable}, or a checkout (that holds book/pages.yml) "
+            f"at {Path.cwd()} or above it"
+        )
+    return checkout / "_build" / "products" / "interactive" / path
 
 
 def write_product(name: str) -> Path:
@@ -163,14 +228,14 @@ def read_product(name: str) -> Path:
     same way, the published one, the quick profile's.
 
     Raises:
-        FileNotFoundError: if that page has not run yet; the message says how to run it.
+        FileNotFoundError: if that page has not run yet, or there is no store; the message says what to do.
     """
-    own, path = _product(name, "NSM_BOOK_MAKES"), _product(name, "NSM_BOOK_NEEDS")
-    if "NSM_BOOK_MAKES" in os.environ and own.exists():  # this page made it, in this run
+    if "NSM_BOOK_MAKES" in os.environ and (own := _product(name, "NSM_BOOK_MAKES")).exists():  # made in this run
         return own
+    path = _product(name, "NSM_BOOK_NEEDS")
     if "NSM_BOOK_NEEDS" not in os.environ:
-        others = (ROOT / "_build" / "products" / profile / name for profile in ("full", "quick"))
-        path = next((other for other in (path, *others) if other.exists()), path)
+        stores = path.parents[len(Path(name).parts)]
+        path = next((at for profile in ("interactive", "full", "quick") if (at := stores / profile / name).exists()), path)
     if not path.exists():
         raise FileNotFoundError(
             f"product {name!r} is not at {path}: run the page that makes it first (book/pages.yml "

@@ -10,8 +10,7 @@ import nbformat
 import pytest
 import yaml
 
-from nsm_book import claims, gate, pages
-from nsm_support.results import ROOT
+from nsm_book import ROOT, claims, gate, pages
 
 PAGES = list(pages.pages().values())
 TOC = (ROOT / "_toc.yml").read_text()

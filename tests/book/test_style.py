@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from nsm_support.results import ROOT
+from nsm_book import ROOT
 
 
 def test_ruff_looks_at_every_module():

@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 
-from nsm_support.results import ROOT
+from nsm_book import ROOT
 
 FOLDER = ROOT / ".github" / "workflows"
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from browser import browser, served
 
-from nsm_support.results import ROOT
+from nsm_book import ROOT
 
 SITE = (ROOT / "_build" / "html").resolve()
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())

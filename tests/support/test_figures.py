@@ -4,9 +4,12 @@ import json
 import re
 
 import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
+from nsm_book import gate
 from nsm_support import figures
 from nsm_support.figures import COLORS, PALETTE, setup_style, show, svg
 
@@ -107,3 +110,29 @@ def test_every_colour_can_be_seen_in_both_themes(colour, ground):
 
 def test_roles_share_the_palette():
     assert set(COLORS.values()) <= set(PALETTE)
+
+
+def test_table_escapes_names_its_rows_and_links(shown):
+    frame = pd.DataFrame({"<page>": ["a & b", "c"], "loss": [0.12345, float("nan")], "steps": [12_000, -3], "done": [True, None]})
+    figures.table(frame, label='Runs "today"', links={(1, "loss"): "c.html?a&b"}, ids=["one", "two"], folded="All <runs>")
+    html = shown[0]["text/html"]
+    assert html.startswith('<details class="nsm-fold"><summary>All &lt;runs&gt;</summary><div class="nsm-table"')
+    assert 'role="region" tabindex="0" aria-label="Runs &quot;today&quot;"' in html
+    assert '<th scope="col">&lt;page&gt;</th><th scope="col">loss</th>' in html
+    assert '<tr id="one"><th scope="row">a &amp; b</th><td>0.123</td><td>12,000</td><td>True</td></tr>' in html
+    assert '<tr id="two"><th scope="row">c</th><td><a href="c.html?a&amp;b">–</a></td><td>−3</td><td>–</td></tr>' in html
+    assert gate.output_problem(nbformat.v4.new_output("display_data", data=shown[0])) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": " "}, "accepts a sentence"),
+        ({"links": {(2, "a"): "x"}}, r"no cell \(2, 'a'\) to link; accepts \(row 0 to 1"),
+        ({"links": {(0, "b"): "x"}}, r"no cell \(0, 'b'\)"),
+        ({"ids": ["one"]}, "1 ids for 2 rows"),
+    ],
+)
+def test_table_refuses_what_does_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        figures.table(pd.DataFrame({"a": [1, 2]}), **({"label": "Two rows"} | change))

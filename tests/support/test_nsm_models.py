@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nsm_book import ROOT
 from nsm_support.nsm import NSM, NSMConfig, NSMLayer, SimpleNSM, StateManager, TokenToStateRouter
-from nsm_support.results import ROOT
 
 SMALL = {"token_dim": 16, "state_dim": 12, "num_states": 5, "window": 4, "num_layers": 2}
 

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from nsm_support import results
-from nsm_support.results import glue, verdict
+from nsm_support.results import claim, glue, verdict
+from nsm_support.statistics import t_interval
 
 RULE = {"supported": "low > 0", "refuted": "high < 0", "min_n": 6}
 
@@ -15,6 +16,10 @@ def shown(monkeypatch):
     calls = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw, metadata: calls.append((data, metadata)))
     return calls
+
+
+def glued(calls):
+    return {metadata["scrapbook"]["name"]: metadata["scrapbook"]["value"] for _, metadata in calls}
 
 
 @pytest.mark.parametrize(
@@ -83,12 +88,16 @@ def test_glue_keeps_the_value_exactly(shown):
 
 
 def test_glue_takes_an_estimate_apart(shown):
-    from nsm_support.statistics import t_interval
-
     glue("gain", t_interval([1.0, 2.0, 3.0]))
-    values = {metadata["scrapbook"]["name"]: metadata["scrapbook"]["value"] for _, metadata in shown}
+    values = glued(shown)
     assert values.keys() == {"gain", "gain_low", "gain_high", "gain_n"}
     assert values["gain"] == 2.0 and values["gain_low"] < 2.0 < values["gain_high"] and values["gain_n"] == 3
+
+
+def test_glue_takes_many_by_name(shown):
+    glue(loss=0.5, runs=t_interval([1.0, 1.0]), measured=True)
+    assert glued(shown) == {"loss": 0.5, "runs": 1.0, "runs_low": 1.0, "runs_high": 1.0, "runs_n": 2}
+    assert all(metadata["scrapbook"]["measured"] for _, metadata in shown)
 
 
 @pytest.mark.parametrize("value", [[1], None, {"a": 1}])
@@ -103,9 +112,46 @@ def test_glue_refuses_what_is_not_finite(value):
         glue("odd", value)
 
 
-def test_claim_has_to_be_written_down_before():
-    with pytest.raises(KeyError, match=r"does not stand in book/claims.yml, which holds: .*routing_knows_digit"):
-        results.claim("afterthought", estimate=1, low=0, high=2, n=9)
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    path = tmp_path / "claims.yml"
+    path.write_text("- {id: rises, rule: {supported: low > 0, refuted: high < 0, min_n: 3}}\n")
+    monkeypatch.setenv("NSM_BOOK_CLAIMS", str(path))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_claim_answers_by_the_rule_and_glues(asked, shown, by_name):
+    found = t_interval([1.0, 2.0, 3.0])._replace(low=0.5)
+    answer = claim("rises", **found._asdict()) if by_name else claim("rises", found)
+    assert answer[1:6] == (*found, "supported") and answer.reason == "the whole interval is above 0"
+    assert glued(shown) == {
+        "rises": 2.0,
+        "rises_low": 0.5,
+        "rises_high": found.high,
+        "rises_n": 3,
+        "rises_verdict": "supported",
+        "rises_reason": answer.reason,
+    }
+
+
+def test_claim_refuses_what_was_not_asked_and_what_is_no_estimate(asked):
+    with pytest.raises(KeyError, match=r"does not stand in .*claims.yml, which holds: rises"):
+        claim("afterthought", estimate=1, low=0, high=2, n=9)
+    for wrong in ({"found": 0.5}, {"estimate": 0.5}, {"found": t_interval([1, 2]), "n": 0}):
+        with pytest.raises(TypeError, match="accepts an estimate, or estimate, low, high, n by name"):
+            claim("rises", **wrong)
+
+
+def test_without_a_book_a_claim_is_an_estimate_without_verdict(monkeypatch, tmp_path, shown):
+    monkeypatch.delenv("NSM_BOOK_CLAIMS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    answer = claim("rises", estimate=1, low=0.5, high=2, n=9)
+    assert answer == results.Claim("rises", 1.0, 0.5, 2.0, 9, None, None)
+    assert glued(shown) == {"rises": 1.0, "rises_low": 0.5, "rises_high": 2.0, "rises_n": 9}
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "claims.yml").write_text("- {id: rises, rule: {supported: high < 0, refuted: low > 0, min_n: 3}}\n")
+    monkeypatch.chdir(tmp_path / "book")  # the nearest upward
+    assert claim("rises", estimate=1, low=0.5, high=2, n=9).verdict == "refuted"
 
 
 def test_a_page_reads_back_what_it_made_in_this_run(monkeypatch, tmp_path):
@@ -131,10 +177,18 @@ def test_products_stay_in_their_store(monkeypatch, tmp_path):
 
 
 def test_a_notebook_outside_the_pipeline_finds_what_was_built(monkeypatch, tmp_path):
-    monkeypatch.delenv("NSM_BOOK_NEEDS", raising=False)
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for name in ("NEEDS", "MAKES"):
+        monkeypatch.delenv(f"NSM_BOOK_{name}", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for use in (results.read_product, results.write_product):
+        with pytest.raises(FileNotFoundError, match="there is no store; accepts a folder in NSM_BOOK_"):
+            use("model.pt")
+    (tmp_path / "book" / "group").mkdir(parents=True)
+    (tmp_path / "book" / "pages.yml").touch()
+    monkeypatch.chdir(tmp_path / "book" / "group")
     for profile in ("quick", "full", "interactive"):
-        path = tmp_path / "_build/products" / profile / "model.pt"
+        path = tmp_path / "_build/products" / profile / "some" / "model.pt"
         path.parent.mkdir(parents=True)
         path.touch()
-        assert results.read_product("model.pt") == path
+        assert results.read_product("some/model.pt") == path
+    assert results.write_product("some/model.pt") == path

@@ -1,7 +1,7 @@
 """Automata as plain SVG, and two of them side by side that a reader steps a string through.
 
 States stand on a circle in the order of the shortest strings that reach them; a double ring accepts. The drawing takes
-its ink from the page. `book/_static/automata.js` moves the marks; without it, drawings and a still table remain.
+its ink from the page. `static/automata.js` moves the marks; without it, drawings and a still table remain.
 """
 
 import html

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ COLORS = {
 """One colour for one model or control, throughout the book."""
 
 INK, GRID = "#1b1c1d", "#c7c8c9"  # stand-ins in the SVG, which the page replaces by its own theme's colours
-STATIC = Path(__file__).resolve().parents[1] / "book" / "_static"
+STATIC = Path(__file__).resolve().parents[1] / "static"
 _shown_before = False  # in a live notebook the first figure brings plotly.js along
 
 
@@ -85,7 +84,7 @@ def svg(figure, name: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    width = float(re.search(r'viewBox="0 0 ([\d.]+)', text).group(1)) * 96 / 72  # points to CSS pixels
+    width = float(text.split('viewBox="0 0 ', 1)[1].split(" ", 1)[0]) * 96 / 72  # points to CSS pixels
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = text.replace("<svg", f'<svg aria-hidden="true" focusable="false" style="width:{width:.0f}px"', 1)
     # Several drawings share a page: their inner names must not.
@@ -116,9 +115,10 @@ def _prelude() -> str:
     if _shown_before:
         return ""
     _shown_before = True
-    plotly = Path(find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"
+    from plotly.offline import get_plotlyjs
+
     return (
-        f"<style>{(STATIC / 'figures.css').read_text()}</style><script>{plotly.read_text()}</script>"
+        f"<style>{(STATIC / 'figures.css').read_text()}</style><script>{get_plotlyjs()}</script>"
         f"<script>{(STATIC / 'figures.js').read_text()}</script>"
     )
 
@@ -157,10 +157,11 @@ def show(
     for what, words in (("alt", alt), ("caption", caption)):
         if len(words.split()) < 4:
             raise ValueError(f"show({name!r}): {what}={words!r} does not say what is seen; accepted: a sentence")
+    data: dict[str, Any] = {}
     if hasattr(figure, "savefig"):
         if controls or frames or still:
             raise ValueError(f"show({name!r}): still, controls and frames belong to a plotly figure")
-        drawing, data = svg(figure, name), {}
+        drawing = svg(figure, name)
         body = f'<div class="nsm-drawing" role="img" tabindex="0" aria-label="{html.escape(alt)}">{drawing}</div>'
     elif hasattr(figure, "to_plotly_json"):
         body, data = interactive(figure, name, alt, still, controls or {}, frames or {})
