@@ -51,6 +51,8 @@ ACCEPTED = {
     "attention_bias": (False,),
     "pretraining_tp": (1,),
 }
+NAMES = {"hidden_size": "token_dim", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+"""Published names of what `BlockFFNConfig` calls otherwise."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -98,6 +100,7 @@ def read_config(folder: str | Path) -> BlockFFNConfig:
         if config[name] not in accepted:
             words = " or ".join(map(repr, accepted))
             raise CheckpointError(f"{path}: {name} is {config[name]!r}; {words} is accepted")
+    config = {NAMES.get(name, name): value for name, value in config.items() if name not in NAMES.values()}
     config["ffn_type"] = "block"
     try:
         return BlockFFNConfig(**{field.name: config[field.name] for field in fields(BlockFFNConfig) if field.name in config})

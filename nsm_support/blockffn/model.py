@@ -26,9 +26,9 @@ class BlockFFNConfig:
     """Everything that makes a model and its loss, under the published names; raises ValueError for what does not fit."""
 
     vocab_size: int  # V
-    hidden_size: int = 256  # D
-    num_hidden_layers: int = 4  # L
-    num_attention_heads: int = 4
+    token_dim: int = 256  # D
+    num_layers: int = 4  # L
+    num_heads: int = 4
     num_key_value_heads: int | None = None  # None: as many as heads
     attention_type: str = "vanilla"  # or "mla", which takes the next four
     qk_nope_head_dim: int = 64
@@ -55,7 +55,7 @@ class BlockFFNConfig:
         for name, accepted in (("attention_type", ATTENTIONS), ("ffn_type", FFNS), ("norm_after_router", NORMS)):
             if (value := getattr(self, name)) not in accepted:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, accepted))}; got {value!r}")
-        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "dim_model_base"]
+        sizes = ["vocab_size", "token_dim", "num_layers", "num_heads", "dim_model_base"]
         sizes += ["num_experts", "expert_size"] if self.ffn_type == "block" else ["intermediate_size"]
         latent = ["qk_nope_head_dim", "qk_rope_head_dim", "q_lora_rank", "kv_lora_rank"]
         sizes += latent if self.attention_type == "mla" else []
@@ -63,12 +63,12 @@ class BlockFFNConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is a whole number from 1 up; got {value!r}")
-        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.key_value_heads:
+        if self.token_dim % self.num_heads or self.num_heads % self.key_value_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) is a multiple of num_attention_heads ({self.num_attention_heads}), and "
+                f"token_dim ({self.token_dim}) is a multiple of num_heads ({self.num_heads}), and "
                 f"that of num_key_value_heads ({self.key_value_heads})"
             )
-        rotary = self.qk_rope_head_dim if self.attention_type == "mla" else self.hidden_size // self.num_attention_heads
+        rotary = self.qk_rope_head_dim if self.attention_type == "mla" else self.token_dim // self.num_heads
         if rotary % 2:
             raise ValueError(f"a rotary head has an even width; got {rotary}")
         if min(self.locality_weight, self.chunk_sparsity_weight) < 0:
@@ -76,7 +76,7 @@ class BlockFFNConfig:
 
     @property
     def key_value_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
+        return self.num_key_value_heads or self.num_heads
 
 
 def dense_twin(config: BlockFFNConfig, active_experts: float) -> BlockFFNConfig:
@@ -87,9 +87,9 @@ def dense_twin(config: BlockFFNConfig, active_experts: float) -> BlockFFNConfig:
     Args:
         active_experts: mean number of experts that a token of the trained model uses: (1 − sparsity)·E.
     """
-    active = config.num_experts * (config.hidden_size + 1) + 2 * active_experts * config.expert_size * config.hidden_size
+    active = config.num_experts * (config.token_dim + 1) + 2 * active_experts * config.expert_size * config.token_dim
     plain = {"ffn_type": "dense", "locality_weight": 0.0, "chunk_sparsity_weight": 0.0}
-    return replace(config, intermediate_size=round(active / (2 * config.hidden_size)), **plain)
+    return replace(config, intermediate_size=round(active / (2 * config.token_dim)), **plain)
 
 
 class DenseFFN(nn.Module):
@@ -113,7 +113,7 @@ class BlockFFNLayer(nn.Module):
 
     def __init__(self, config: BlockFFNConfig):
         super().__init__()
-        D, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        D, heads, eps = config.token_dim, config.num_heads, config.rms_norm_eps
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
         if config.attention_type == "vanilla":
             self.self_attn = Attention(D, heads, config.key_value_heads, config.rope_theta)
@@ -125,7 +125,7 @@ class BlockFFNLayer(nn.Module):
             self.mlp = BlockFFN(D, config.num_experts, config.expert_size, **router)
         else:
             self.mlp = DenseFFN(D, config.intermediate_size)
-        self.scale = config.scale_depth / config.num_hidden_layers**0.5
+        self.scale = config.scale_depth / config.num_layers**0.5
 
     def forward(self, x: Tensor, previous: Routed | None = None) -> tuple[Tensor, Routed | None]:
         """Tokens [B,T,D] → [B,T,D], and how this layer's FFN routed them (None if it is dense).
@@ -147,10 +147,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: BlockFFNConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.token_dim)
         nn.init.normal_(self.embed_tokens.weight, std=1 / config.scale_emb)  # unit spread where the layers begin
-        self.layers = nn.ModuleList(BlockFFNLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(BlockFFNLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.token_dim, eps=config.rms_norm_eps)
 
 
 class BlockFFNModel(nn.Module):
@@ -160,7 +160,7 @@ class BlockFFNModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.token_dim, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         else:
@@ -186,7 +186,7 @@ class BlockFFNModel(nn.Module):
         for layer in self.layers:
             x, routed = layer(x, routed)
             routing.append(routed)
-        x = self.model.norm(x) / (self.config.hidden_size / self.config.dim_model_base)
+        x = self.model.norm(x) / (self.config.token_dim / self.config.dim_model_base)
         return self.lm_head(x), routing
 
 

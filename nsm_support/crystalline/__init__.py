@@ -5,11 +5,12 @@ from nsm_support.crystalline.codes.alignment import compute_state_code_alignment
 from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig, straight_through
 from nsm_support.crystalline.codes.losses import commitment_loss, compression_loss
 from nsm_support.crystalline.codes.schedules import temperature_at
-from nsm_support.crystalline.codes.transformer import CrystallineTransformer, ModelConfig
+from nsm_support.crystalline.codes.transformer import CrystallineConfig, CrystallineTransformer, ModelConfig
 
 __all__ = [
     "Bottleneck",
     "BottleneckConfig",
+    "CrystallineConfig",
     "CrystallineTransformer",
     "FSMConfig",
     "FiniteStateMachine",

@@ -36,7 +36,7 @@ class BaselineConfig:
     input_dim: int | None = None
     vocab_size: int | None = None
     head: str = "classification"  # one of HEADS
-    width: int = 64  # D
+    token_dim: int = 64  # D
     num_layers: int = 2
     num_heads: int = 4  # H, of the Transformer
     causal: bool = False  # for the Transformer; the others look back only, whatever stands here
@@ -49,7 +49,7 @@ class BaselineConfig:
         for name, accepted in (("head", HEADS), ("positions", POSITIONS)):
             if (value := getattr(self, name)) not in accepted:
                 raise ValueError(f"{name} is one of {', '.join(map(repr, accepted))}; got {value!r}")
-        for name in ("width", "num_layers", "num_heads", "ffn_multiple", "state_dim"):
+        for name in ("token_dim", "num_layers", "num_heads", "ffn_multiple", "state_dim"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is at least 1; got {value!r}")
         if (self.input_dim is None) == (self.vocab_size is None):
@@ -83,7 +83,7 @@ class SequenceModel(nn.Module):
     def __init__(self, config: BaselineConfig, layers: Iterable[nn.Module], causal: bool = True):
         super().__init__()
         self.config, self.causal = config, causal
-        D = config.width
+        D = config.token_dim
         self.embed = nn.Linear(config.input_dim, D) if config.vocab_size is None else nn.Embedding(config.vocab_size, D)
         self.position = None
         if config.positions == "learned":
@@ -114,7 +114,7 @@ class SequenceModel(nn.Module):
         """The memory before the first token. Raises ValueError for a model that is not causal."""
         if not self.causal:
             raise ValueError(f"streaming takes a causal model; this {type(self).__name__} has causal=False")
-        total = self.head.weight.new_zeros(batch_size, self.config.width)
+        total = self.head.weight.new_zeros(batch_size, self.config.token_dim)
         layers = tuple(layer.start(batch_size) for layer in self.layers)
         return Stream(layers, total if self.config.head == "classification" else None, 0)
 
@@ -182,14 +182,16 @@ class Cache(NamedTuple):
 class TransformerLayer(nn.Module):
     """Full attention with rotary positions, residual; feed-forward with GELU, residual (norm before each)."""
 
-    def __init__(self, width: int, num_heads: int, causal: bool, ffn_multiple: int = 4):
+    def __init__(self, token_dim: int, num_heads: int, causal: bool, ffn_multiple: int = 4):
         super().__init__()
-        if width % (2 * num_heads):
-            raise ValueError(f"width ({width}) is no multiple of 2·num_heads ({2 * num_heads}): a rotary head is even")
+        if token_dim % (2 * num_heads):
+            raise ValueError(f"token_dim ({token_dim}) is no multiple of 2·num_heads ({2 * num_heads}): a rotary head is even")
         self.num_heads, self.causal = num_heads, causal
-        self.norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
-        self.ffn = nn.Sequential(nn.Linear(width, ffn_multiple * width), nn.GELU(), nn.Linear(ffn_multiple * width, width))
+        self.norm, self.ffn_norm = nn.LayerNorm(token_dim), nn.LayerNorm(token_dim)
+        self.qkv, self.out = nn.Linear(token_dim, 3 * token_dim, bias=False), nn.Linear(token_dim, token_dim)
+        self.ffn = nn.Sequential(
+            nn.Linear(token_dim, ffn_multiple * token_dim), nn.GELU(), nn.Linear(ffn_multiple * token_dim, token_dim)
+        )
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self._project(tokens)
@@ -227,16 +229,16 @@ class Transformer(SequenceModel):
     """Pre-norm Transformer (Vaswani et al. 2017, arXiv:1706.03762) with rotary positions, causal or bidirectional."""
 
     def __init__(self, config: BaselineConfig):
-        shape = config.width, config.num_heads, config.causal, config.ffn_multiple
+        shape = config.token_dim, config.num_heads, config.causal, config.ffn_multiple
         super().__init__(config, (TransformerLayer(*shape) for _ in range(config.num_layers)), config.causal)
 
 
 class RecurrentLayers(nn.Module):
     """`torch.nn.LSTM` or `torch.nn.GRU`, all layers in one fused module, each as wide as the tokens."""
 
-    def __init__(self, width: int, num_layers: int, cell: str):
+    def __init__(self, token_dim: int, num_layers: int, cell: str):
         super().__init__()
-        self.rnn = CELLS[cell](width, width, num_layers, batch_first=True)
+        self.rnn = CELLS[cell](token_dim, token_dim, num_layers, batch_first=True)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.rnn(tokens)[0]
@@ -258,15 +260,15 @@ class Recurrent(SequenceModel):
     def __init__(self, config: BaselineConfig, cell: str = "lstm"):
         if cell not in CELLS:
             raise ValueError(f"cell is one of {', '.join(map(repr, CELLS))}; got {cell!r}")
-        super().__init__(config, [RecurrentLayers(config.width, config.num_layers, cell)])
+        super().__init__(config, [RecurrentLayers(config.token_dim, config.num_layers, cell)])
 
 
 class MambaLayer(nn.Module):
     """Norm, Mamba block, residual."""
 
-    def __init__(self, width: int, state_dim: int):
+    def __init__(self, token_dim: int, state_dim: int):
         super().__init__()
-        self.norm, self.block = nn.LayerNorm(width), MambaBlock(width, state_dim=state_dim)
+        self.norm, self.block = nn.LayerNorm(token_dim), MambaBlock(token_dim, state_dim=state_dim)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         return tokens + self.block(self.norm(tokens))
@@ -287,7 +289,7 @@ class Mamba(SequenceModel):
     """A stack of selective state spaces (Gu and Dao 2023, arXiv:2312.00752), pre-norm and residual."""
 
     def __init__(self, config: BaselineConfig):
-        super().__init__(config, (MambaLayer(config.width, config.state_dim) for _ in range(config.num_layers)))
+        super().__init__(config, (MambaLayer(config.token_dim, config.state_dim) for _ in range(config.num_layers)))
 
 
 class SmallCNN(nn.Module):

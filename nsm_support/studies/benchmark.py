@@ -177,7 +177,7 @@ def _of_width(model: str, width: Any, causal: bool, common: dict[str, Any], mach
     if model == "CNN":
         return SmallCNN(width, common["output_dim"])
     if model in BASELINES:
-        return BASELINES[model](BaselineConfig(**common, width=width, causal=causal))
+        return BASELINES[model](BaselineConfig(**common, token_dim=width, causal=causal))
     return NSM(NSMConfig(**(common | machine), token_dim=width[0], state_dim=width[1]))
 
 

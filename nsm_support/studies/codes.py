@@ -11,7 +11,7 @@ from torch import Tensor
 from nsm_support.crystalline.automata import FiniteStateMachine, FSMConfig, HiddenMarkovModel, Machine, make_machine
 from nsm_support.crystalline.codes.alignment import contingency, held_out_alignment
 from nsm_support.crystalline.codes.losses import commitment_loss, compression_loss
-from nsm_support.crystalline.codes.transformer import CrystallineTransformer, Info, ModelConfig
+from nsm_support.crystalline.codes.transformer import CrystallineConfig, CrystallineTransformer, Info
 from nsm_support.tasks import score
 from nsm_support.training import TrainingConfig, evaluating, fit
 
@@ -29,7 +29,7 @@ class Text(NamedTuple):
 class Run:
     """All that decides a training."""
 
-    model: ModelConfig
+    model: CrystallineConfig
     machine: str | FSMConfig = "fsm"  #: a name of `automata.MACHINES`, or the sizes of a machine like the original's
     seed: int = 0  #: of the start, the batches and the noise
     length: int = 32  #: T

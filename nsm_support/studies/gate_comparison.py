@@ -90,7 +90,7 @@ def compare_gate(run: GateRun) -> dict[str, Any]:
     """
     text, model = pieces(run.material), load(run.material).models[run.base]
     calibration = evenly(text.train.flatten(0, 1), CALIBRATION)[:, :-1]
-    sample, width = window_sampler(text.stream, run.material.window), model.config.hidden_size
+    sample, width = window_sampler(text.stream, run.material.window), model.config.token_dim
     seen = 0
 
     def ready(mode_run: GateRun) -> list[Gate]:

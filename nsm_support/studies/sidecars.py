@@ -114,7 +114,7 @@ def make_sidecars(model: BlockFFNModel, seed: int, mamba: Mapping[str, int]) -> 
     """Untrained sidecars for every layer, by layer number."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = {i: MambaSidecar(model.config.hidden_size, **mamba) for i in range(len(model.layers))}
+        made = {i: MambaSidecar(model.config.token_dim, **mamba) for i in range(len(model.layers))}
     return {i: sidecar.to(model.lm_head.weight.device) for i, sidecar in made.items()}
 
 

@@ -19,7 +19,7 @@ from vector_quantize_pytorch import VectorQuantize
 
 from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig
 from nsm_support.crystalline.codes.losses import commitment_loss, compression_loss
-from nsm_support.crystalline.codes.transformer import CrystallineTransformer, ModelConfig
+from nsm_support.crystalline.codes.transformer import CrystallineConfig, CrystallineTransformer
 
 V, D, LAYERS, HEADS, K, BATCH, T = 24, 128, 3, 4, 32, 32, 32
 STEPS = ("plain", "without bottlenecks", "ours")
@@ -119,7 +119,7 @@ def build(name: str, k: int):
         return PlainTransformer(k), plain_losses
     bottleneck = BottleneckConfig(codebook_size=K, num_codes_k=k, lay_every=2)
     model = CrystallineTransformer(
-        ModelConfig(vocab_size=V, dim=D, n_layers=LAYERS, n_heads=HEADS, max_seq_len=T, bottleneck=bottleneck)
+        CrystallineConfig(vocab_size=V, token_dim=D, num_layers=LAYERS, num_heads=HEADS, max_length=T, bottleneck=bottleneck)
     )
     if name == "ours":
         return model, our_losses

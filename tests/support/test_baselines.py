@@ -21,7 +21,7 @@ from nsm_support.mixers.baselines import (
 )
 
 HEADS = ("classification", "labelling", "language_model")
-SMALL = {"width": 16, "num_heads": 2, "output_dim": 5}
+SMALL = {"token_dim": 16, "num_heads": 2, "output_dim": 5}
 TOKENS, VECTORS = {"vocab_size": 40}, {"input_dim": 3}
 EVERY = [("Transformer", False), *((name, True) for name in BASELINES)]
 TASKS = [
@@ -203,7 +203,7 @@ def test_without_rotary_positions_a_transformer_layer_is_the_one_of_torch(causal
 
 @pytest.mark.parametrize(("cell", "step"), [("lstm", nn.LSTMCell), ("gru", nn.GRUCell)])
 def test_a_recurrent_model_is_its_cell_walked_over_the_tokens(cell, step):
-    model = Recurrent(BaselineConfig(width=6, num_layers=2, output_dim=4, vocab_size=9), cell).double()
+    model = Recurrent(BaselineConfig(token_dim=6, num_layers=2, output_dim=4, vocab_size=9), cell).double()
     inputs = torch.randint(9, (3, 7))
     tokens = list(model.embed(inputs).unbind(1))
     for layer in (0, 1):
@@ -251,9 +251,9 @@ def test_learned_positions_tell_the_order_and_end(name):
         (TOKENS | {"head": "language_model", "output_dim": None}, "a language model takes vocab_size and causal=True"),
         (VECTORS | {"head": "language_model", "causal": True}, "a language model takes vocab_size and causal=True"),
         (TOKENS | {"head": "language_model", "causal": True}, r"predicts vocab_size \(40\) tokens; got 5"),
-        (TOKENS | {"width": 0}, "width is at least 1; got 0"),
+        (TOKENS | {"token_dim": 0}, "token_dim is at least 1; got 0"),
         (TOKENS | {"num_layers": 0}, "num_layers is at least 1; got 0"),
-        (TOKENS | {"num_heads": 3}, r"width \(16\) is no multiple of 2·num_heads \(6\)"),
+        (TOKENS | {"num_heads": 3}, r"token_dim \(16\) is no multiple of 2·num_heads \(6\)"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(options, said):
@@ -300,7 +300,7 @@ def test_parameters_are_counted_by_hand():
 @pytest.mark.parametrize("name", BASELINES)
 def test_the_width_with_the_nearest_number_of_parameters_is_found(name):
     def build(width):
-        return BASELINES[name](BaselineConfig(width=width, num_heads=2, output_dim=5, vocab_size=40))
+        return BASELINES[name](BaselineConfig(token_dim=width, num_heads=2, output_dim=5, vocab_size=40))
 
     torch.manual_seed(3)
     state = torch.get_rng_state()

@@ -10,7 +10,7 @@ from nsm_support.data import load_text, split_text
 from nsm_support.studies.corpus import load_corpus, load_trained, save_trained, train_tokenizer
 from nsm_support.training import CheckpointError
 
-SIZES = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_experts": 4}
+SIZES = {"vocab_size": 300, "token_dim": 16, "num_layers": 2, "num_heads": 2, "num_experts": 4}
 CORPUS = load_corpus(vocab_size=300)
 
 

@@ -16,9 +16,9 @@ from nsm_support.studies.language_model import Run, chapter_losses, read_corpus,
 V = 270
 CONFIG = BlockFFNConfig(
     vocab_size=V,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
+    token_dim=16,
+    num_layers=2,
+    num_heads=2,
     num_experts=6,
     expert_size=4,
     dim_model_base=16,

@@ -37,9 +37,9 @@ MAMBA, T = {"state_dim": 4, "expand": 1}, 24
 
 
 def make(seed, layers=2):
-    sizes = {"vocab_size": 270, "hidden_size": 16, "num_hidden_layers": layers, "num_experts": 6, "expert_size": 4}
+    sizes = {"vocab_size": 270, "token_dim": 16, "num_layers": layers, "num_experts": 6, "expert_size": 4}
     torch.manual_seed(seed)
-    return BlockFFNModel(BlockFFNConfig(**sizes, num_attention_heads=2))
+    return BlockFFNModel(BlockFFNConfig(**sizes, num_heads=2))
 
 
 @pytest.fixture(scope="module")

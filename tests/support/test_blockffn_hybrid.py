@@ -26,7 +26,7 @@ CAUSAL = [mode for mode in MODES if not mode.startswith("shuffled")]
 
 
 def make(seed=0, **options):
-    sizes = {"vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 3, "num_experts": 6, "expert_size": 5}
+    sizes = {"vocab_size": 23, "token_dim": 32, "num_layers": 3, "num_experts": 6, "expert_size": 5}
     torch.manual_seed(seed)
     model = BlockFFNModel(BlockFFNConfig(**sizes | options)).double().eval()
     for layer in model.layers:

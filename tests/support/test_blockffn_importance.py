@@ -27,7 +27,7 @@ KINDS = pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 2}, LATE
 
 
 def make(**options):
-    sizes = {"vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 3, "num_experts": 6, "expert_size": 5}
+    sizes = {"vocab_size": 23, "token_dim": 32, "num_layers": 3, "num_experts": 6, "expert_size": 5}
     torch.manual_seed(0)
     model = BlockFFNModel(BlockFFNConfig(**sizes | {"dim_model_base": 16} | options)).double()
     for layer in model.layers:
@@ -60,7 +60,7 @@ def logits_of(model, tokens, positions):
         score = score.masked_fill(torch.ones_like(score).triu(1).bool(), -torch.inf)
         x = x + layer.scale * a.o_proj((score.softmax(-1) @ v).transpose(0, 1).flatten(-2))
         x = x + layer.scale * layer.mlp(layer.post_attention_layernorm(x))
-    return model.lm_head(model.model.norm(x) / (config.hidden_size / config.dim_model_base))
+    return model.lm_head(model.model.norm(x) / (config.token_dim / config.dim_model_base))
 
 
 # Hiding a token

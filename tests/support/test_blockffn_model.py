@@ -22,7 +22,7 @@ GROUPED = {"num_key_value_heads": 2}
 
 
 def make(seed=0, **options):
-    sizes = {"vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 3, "num_experts": 6, "expert_size": 5}
+    sizes = {"vocab_size": 23, "token_dim": 32, "num_layers": 3, "num_experts": 6, "expert_size": 5}
     torch.manual_seed(seed)
     return BlockFFNModel(BlockFFNConfig(**sizes | {"dim_model_base": 16} | options))
 
@@ -83,14 +83,14 @@ def test_routing_is_that_of_each_layers_own_ffn():
 
 @pytest.mark.parametrize("active", [1.5, 4.0])
 def test_dense_twin_has_as_many_parameters_as_a_token_uses(active):
-    config = BlockFFNConfig(vocab_size=23, hidden_size=32, num_experts=6, expert_size=40, locality_weight=1e-3)
+    config = BlockFFNConfig(vocab_size=23, token_dim=32, num_experts=6, expert_size=40, locality_weight=1e-3)
     twin = dense_twin(config, active)
     model, dense = BlockFFNModel(config), BlockFFNModel(twin)
     router = model.layers[0].mlp.router_proj.weight.numel() + model.layers[0].mlp.router_norm.weight.numel()
     used = router + active * 2 * 32 * 40
     assert abs(count_parameters(dense.layers[0].mlp) - used) <= 32, "within half a unit of 2·D"
     assert count_parameters(dense.layers[0].self_attn) == count_parameters(model.layers[0].self_attn)
-    assert twin.locality_weight == 0 and twin.hidden_size == 32 and twin.num_hidden_layers == config.num_hidden_layers
+    assert twin.locality_weight == 0 and twin.token_dim == 32 and twin.num_layers == config.num_layers
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "mla"])
@@ -148,9 +148,9 @@ def test_it_learns(options):
         ({"attention_type": "flash"}, "'vanilla', 'mla'; got 'flash'"),
         ({"ffn_type": "moe"}, "'block', 'dense'; got 'moe'"),
         ({"ffn_type": "dense"}, "intermediate_size .* None"),
-        ({"num_attention_heads": 5}, "multiple"),
+        ({"num_heads": 5}, "multiple"),
         ({"num_key_value_heads": 3}, "multiple"),
-        ({"hidden_size": 12}, "even"),
+        ({"token_dim": 12}, "even"),
         ({"locality_weight": -1.0}, "at least 0"),
         ({"norm_after_router": "layer"}, "'rms', 'sum', 'none'"),
     ],

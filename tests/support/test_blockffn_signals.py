@@ -12,7 +12,7 @@ from nsm_support.blockffn.signals import RoutingExtractor, prompt_record, write_
 
 
 def make(seed=0, **options):
-    sizes = {"vocab_size": 23, "hidden_size": 32, "num_hidden_layers": 3, "num_experts": 6, "expert_size": 5}
+    sizes = {"vocab_size": 23, "token_dim": 32, "num_layers": 3, "num_experts": 6, "expert_size": 5}
     torch.manual_seed(seed)
     return BlockFFNModel(BlockFFNConfig(**sizes | options)).double()
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nsm_support.crystalline.codes.bottleneck import BottleneckConfig
 from nsm_support.crystalline.codes.entropy import read_entropy, thermometers
-from nsm_support.crystalline.codes.transformer import CrystallineTransformer, ModelConfig
+from nsm_support.crystalline.codes.transformer import CrystallineConfig, CrystallineTransformer
 
 
 def entropy(*shares):
@@ -42,7 +42,9 @@ def test_misfits_are_refused(codes, temperature):
 def model():
     torch.manual_seed(0)
     bottleneck = BottleneckConfig(codebook_size=6, num_codes_k=2, temp_init=2.0, temp_min=0.5, scale_init=4.0)
-    return CrystallineTransformer(ModelConfig(vocab_size=9, dim=16, n_layers=2, n_heads=2, bottleneck=bottleneck)).eval()
+    return CrystallineTransformer(
+        CrystallineConfig(vocab_size=9, token_dim=16, num_layers=2, num_heads=2, bottleneck=bottleneck)
+    ).eval()
 
 
 def read(model):
@@ -90,7 +92,9 @@ def test_each_thermometer_moves_alone(model):
 def test_a_learned_temperature_is_read():
     torch.manual_seed(0)
     bottleneck = BottleneckConfig(codebook_size=6, temp_init=0.5, temp_min=0.1, schedule="learned")
-    model = CrystallineTransformer(ModelConfig(vocab_size=9, dim=16, n_layers=1, n_heads=2, bottleneck=bottleneck)).eval()
+    model = CrystallineTransformer(
+        CrystallineConfig(vocab_size=9, token_dim=16, num_layers=1, num_heads=2, bottleneck=bottleneck)
+    ).eval()
     learned, infos = read(model)
     every = [one["soft_codes"] for info in infos for one in info.values()]
     assert learned["on_schedule"] == pytest.approx(sum(read_entropy(soft, 0.5) for soft in every) / 2, abs=1e-6)

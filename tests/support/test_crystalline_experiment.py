@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nsm_support.crystalline import BottleneckConfig, CrystallineTransformer, FiniteStateMachine, FSMConfig, ModelConfig
+from nsm_support.crystalline import BottleneckConfig, CrystallineConfig, CrystallineTransformer, FiniteStateMachine, FSMConfig
 from nsm_support.crystalline.automata import make_machine
 from nsm_support.crystalline.codes.alignment import contingency, held_out_alignment
 from nsm_support.studies import codes as experiment
@@ -15,12 +15,12 @@ from nsm_support.studies.codes import Run, draw, held_out, total_loss, train
 from nsm_support.training import fit
 
 SIZES = FSMConfig(num_states=4, tokens_per_state=2, vocab_size=8, seed=3)
-MODEL = ModelConfig(
+MODEL = CrystallineConfig(
     vocab_size=8,
-    dim=16,
-    n_layers=2,
-    n_heads=2,
-    max_seq_len=12,
+    token_dim=16,
+    num_layers=2,
+    num_heads=2,
+    max_length=12,
     bottleneck=BottleneckConfig(codebook_size=6, lay_every=5, temp_init=1.0, temp_min=0.5),
 )
 

@@ -10,6 +10,7 @@ from torch.optim import AdamW
 
 from nsm_support.crystalline import (
     BottleneckConfig,
+    CrystallineConfig,
     CrystallineTransformer,
     FiniteStateMachine,
     FSMConfig,
@@ -24,8 +25,10 @@ from nsm_support.crystalline import (
 def build(seed=0, laid=True, bottleneck=None, **config):
     """A small model in float64 whose codes count as laid, so that training passes go through them."""
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 11, "dim": 16, "n_layers": 2, "n_heads": 2, "max_seq_len": 40}
-    model = CrystallineTransformer(ModelConfig(**(sizes | config), bottleneck=BottleneckConfig(**(bottleneck or {})))).double()
+    sizes = {"vocab_size": 11, "token_dim": 16, "num_layers": 2, "num_heads": 2, "max_length": 40}
+    model = CrystallineTransformer(
+        CrystallineConfig(**(sizes | config), bottleneck=BottleneckConfig(**(bottleneck or {})))
+    ).double()
     for _, module in model.bottlenecks():
         module.passes.fill_(module.config.lay_every * laid)
     return model
@@ -212,7 +215,7 @@ def test_every_parameter_has_a_gradient():
 
 
 def test_first_loss_is_that_of_knowing_nothing():
-    model = build(laid=False, dim=64, vocab_size=24)
+    model = build(laid=False, token_dim=64, vocab_size=24)
     loss = F.cross_entropy(model(tokens(V=24, B=32))[0].flatten(0, 1), tokens(V=24, B=32, seed=1).flatten())
     assert abs(loss.item() - np.log(24)) < 0.5
 
@@ -229,15 +232,15 @@ def test_state_dict_brings_codes_and_temperatures_back():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dim": 18, "n_heads": 4}, "dim = 18, n_heads = 4; a multiple of 2 n_heads is accepted"),
-        ({"n_layers": 0}, "n_layers = 0; at least 1 is accepted"),
+        ({"token_dim": 18, "num_heads": 4}, "token_dim = 18, num_heads = 4; a multiple of 2 num_heads is accepted"),
+        ({"num_layers": 0}, "num_layers = 0; at least 1 is accepted"),
         ({"dropout": 1.0}, r"dropout = 1\.0"),
         ({"embedding_std": 0.0}, r"embedding_std = 0\.0"),
     ],
 )
 def test_config_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**({"vocab_size": 5} | options))
+        CrystallineConfig(**({"vocab_size": 5} | options))
 
 
 def test_shape_errors():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsm_support.crystalline import BottleneckConfig, CrystallineTransformer, ModelConfig
+from nsm_support.crystalline import BottleneckConfig, CrystallineConfig, CrystallineTransformer
 from nsm_support.crystalline.automata import make_machine
 from nsm_support.crystalline.codes.bottleneck import written
 from nsm_support.studies.tokfsm import after_writing, first_transition
@@ -13,12 +13,12 @@ MACHINE = make_machine("tokfsm")
 
 def fresh(bypass=True):
     torch.manual_seed(0)
-    config = ModelConfig(
+    config = CrystallineConfig(
         vocab_size=11,
-        dim=16,
-        n_layers=2,
-        n_heads=2,
-        max_seq_len=8,
+        token_dim=16,
+        num_layers=2,
+        num_heads=2,
+        max_length=8,
         bypass=bypass,
         positions="learned",
         bottleneck=BottleneckConfig(codebook_size=20),

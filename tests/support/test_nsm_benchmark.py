@@ -105,7 +105,7 @@ def test_a_run_that_fails_says_why():
 @pytest.mark.parametrize("model", benchmark.MODELS)
 def test_what_is_timed_is_as_large_as_the_transformer_and_leaves_gradients(model):
     size = count_parameters(benchmark.cost_model(model))
-    reference = BASELINES["Transformer"](BaselineConfig(head="labelling", vocab_size=64, output_dim=64, width=64))
+    reference = BASELINES["Transformer"](BaselineConfig(head="labelling", vocab_size=64, output_dim=64, token_dim=64))
     assert abs(size / count_parameters(reference) - 1) <= 0.05
     once = benchmark.training_pass(model, 300)  # more than two chunks
     once()

@@ -6,7 +6,7 @@ and an embedding that is not tied to the head.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,14 @@ Info = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class CrystallineConfig:
     """Sizes of a transformer. Raises ValueError for sizes that do not fit, naming them."""
 
     vocab_size: int  #: V
-    dim: int = 128  #: D
-    n_layers: int = 3
-    n_heads: int = 4  #: H; the width of a head, D/H, is even
-    max_seq_len: int = 256  #: the longest sequence accepted
+    token_dim: int = 128  #: D
+    num_layers: int = 3
+    num_heads: int = 4  #: H; the width of a head, D/H, is even
+    max_length: int = 256  #: the longest sequence accepted
     dropout: float = 0.0  #: of attention and MLP outputs, before the bottleneck
     bottleneck: BottleneckConfig = field(default_factory=BottleneckConfig)
     bypass: bool = True  #: whether a residual connection leads around each bottleneck
@@ -39,27 +39,37 @@ class ModelConfig:
     embedding_std: float = 1.0  #: of the token vectors at the start: the smaller, the sooner tokens of one use come together
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "max_seq_len"):
+        for name in ("vocab_size", "token_dim", "num_layers", "num_heads", "max_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"ModelConfig: {name} = {getattr(self, name)!r}; at least 1 is accepted")
-        if self.dim % (2 * self.n_heads):
-            raise ValueError(f"ModelConfig: dim = {self.dim}, n_heads = {self.n_heads}; a multiple of 2 n_heads is accepted")
+                raise ValueError(f"CrystallineConfig: {name} = {getattr(self, name)!r}; at least 1 is accepted")
+        if self.token_dim % (2 * self.num_heads):
+            sizes = f"token_dim = {self.token_dim}, num_heads = {self.num_heads}"
+            raise ValueError(f"CrystallineConfig: {sizes}; a multiple of 2 num_heads is accepted")
         if self.positions not in POSITIONS:
-            raise ValueError(f"ModelConfig: positions = {self.positions!r}; {' or '.join(map(repr, POSITIONS))} is accepted")
+            accepted = " or ".join(map(repr, POSITIONS))
+            raise ValueError(f"CrystallineConfig: positions = {self.positions!r}; {accepted} is accepted")
         if not 0 <= self.dropout < 1 or not self.embedding_std > 0:
-            raise ValueError(
-                f"ModelConfig: dropout = {self.dropout!r}, embedding_std = {self.embedding_std!r}; 0 to below 1, "
-                f"and above 0, are accepted"
-            )
+            sizes = f"dropout = {self.dropout!r}, embedding_std = {self.embedding_std!r}"
+            raise ValueError(f"CrystallineConfig: {sizes}; 0 to below 1, and above 0, are accepted")
+
+
+class ModelConfig(CrystallineConfig):
+    """`CrystallineConfig` under the names of the first notebooks: dim, n_layers, n_heads and max_seq_len."""
+
+    __slots__ = ()
+
+    def __init__(self, **sizes: Any):
+        names = {"dim": "token_dim", "n_layers": "num_layers", "n_heads": "num_heads", "max_seq_len": "max_length"}
+        super().__init__(**{names.get(name, name): size for name, size in sizes.items()})
 
 
 class Block(nn.Module):
     """Causal self-attention, then an MLP, each through a bottleneck Q: x + Q(f(x)), or Q(x + f(x)) without bypass."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: CrystallineConfig):
         super().__init__()
-        D = config.dim
-        self.n_heads, self.bypass, self.positions = config.n_heads, config.bypass, config.positions
+        D = config.token_dim
+        self.num_heads, self.bypass, self.positions = config.num_heads, config.bypass, config.positions
         self.attn_norm, self.mlp_norm = nn.LayerNorm(D), nn.LayerNorm(D)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D)
         self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
@@ -79,7 +89,7 @@ class Block(nn.Module):
         return x + codes, info
 
     def _attention(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.attn_norm(x)).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D/H)
+        qkv = self.qkv(self.attn_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D/H)
         q, k, v = qkv
         if self.positions == "rotary":
             q, k = rotate(qkv[:2])
@@ -93,26 +103,26 @@ class Block(nn.Module):
 class CrystallineTransformer(nn.Module):
     """Predicts a class at every token from the tokens so far."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: CrystallineConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = nn.Embedding(config.vocab_size, config.token_dim)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         if config.positions == "learned":
-            self.places = nn.Parameter(torch.empty(config.max_seq_len, config.dim).normal_(std=config.embedding_std))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, config.vocab_size)
+            self.places = nn.Parameter(torch.empty(config.max_length, config.token_dim).normal_(std=config.embedding_std))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm, self.head = nn.LayerNorm(config.token_dim), nn.Linear(config.token_dim, config.vocab_size)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, list[Info]]:
         """Tokens [B,T] → logits [B,T,V], and what the bottlenecks of each block did.
 
         Raises:
-            ValueError: if tokens are not [B,T], or T passes `max_seq_len`.
+            ValueError: if tokens are not [B,T], or T passes `max_length`.
         """
-        if tokens.ndim != 2 or tokens.shape[1] > self.config.max_seq_len:
+        if tokens.ndim != 2 or tokens.shape[1] > self.config.max_length:
             raise ValueError(
                 f"CrystallineTransformer: tokens {list(tokens.shape)}; [B, T] of at most T = "
-                f"{self.config.max_seq_len} (max_seq_len) are accepted"
+                f"{self.config.max_length} (max_length) are accepted"
             )
         x, infos = self.embedding(tokens), []
         if self.config.positions == "learned":
