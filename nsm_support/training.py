@@ -23,6 +23,9 @@ from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
+from nsm_support.checks import check, check_sizes
+from nsm_support.files import write_whole
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used: damaged, or of another run. The message says which and what to do."""
@@ -44,15 +47,11 @@ class TrainingConfig:
     checkpoint_interval: int = 200  #: steps from one checkpoint to the next; the last step always writes one
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if name in ("steps", "batch_size", "evaluation_interval", "checkpoint_interval"):
-                holds, accepted = value >= 1, "at least 1"
-            elif name in ("learning_rate", "gradient_clip"):
-                holds, accepted = value > 0, "above 0"
-            else:
-                holds, accepted = name not in ("warmup", "weight_decay") or 0 <= value < 1, "a number from 0 to below 1"
-            if not holds:
-                raise ValueError(f"TrainingConfig: {name} = {value!r}; accepted is {accepted}")
+        check_sizes(self, "steps", "batch_size", "evaluation_interval", "checkpoint_interval")
+        for name in ("learning_rate", "gradient_clip"):
+            check(self, getattr(self, name) > 0, "above 0", name)
+        for name in ("warmup", "weight_decay"):
+            check(self, 0 <= getattr(self, name) < 1, "a number from 0 to below 1", name)
 
 
 @dataclass(slots=True)
@@ -219,7 +218,7 @@ class _Run:
         self.history.records.append(record)
 
     def save(self, path: Path) -> None:
-        _write_whole(
+        _write_tensors(
             path,
             {
                 "config": self.identity,
@@ -232,7 +231,7 @@ class _Run:
         )
 
     def resume(self, path: Path) -> None:
-        state = _read_whole(path, "config")
+        state = _read_tensors(path, "config")
         was, now = state["config"], self.identity
         if changed := [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]:
             changes = ", ".join(f"{name} = {was.get(name)!r}, not {now.get(name)!r}" for name in changed)
@@ -252,7 +251,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
 
     Raises TypeError if the metadata holds more than numbers, strings, tensors, and lists, tuples and dicts of these.
     """
-    _write_whole(Path(path), {"metadata": dict(metadata or {}), "state": model.state_dict()})
+    _write_tensors(Path(path), {"metadata": dict(metadata or {}), "state": model.state_dict()})
 
 
 def load_model(path: str | os.PathLike[str], build: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
@@ -263,7 +262,7 @@ def load_model(path: str | os.PathLike[str], build: Callable[[dict[str, Any]], n
     Raises:
         CheckpointError: if the file is damaged, of another kind, or does not fit the model that was built.
     """
-    content = _read_whole(Path(path), "metadata")
+    content = _read_tensors(Path(path), "metadata")
     model = build(content["metadata"])
     _load_state(model, content["state"], Path(path))
     return model.eval()
@@ -276,27 +275,18 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path} belongs to another model than this {type(model).__name__}: {error}") from error
 
 
-def _write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write a file so that a reader, or a crash, meets the old one or the new one and nothing between."""
+def _write_tensors(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     try:
         torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
     except Exception as error:
         raise TypeError(f"{path}: only tensors, numbers, strings and lists and dicts of them can be kept") from error
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, buffer.getbuffer())
 
 
-def _read_whole(path: Path, kind: str) -> dict[str, Any]:
-    """The content of a file that `_write_whole` wrote; its kind is told by the key that it must hold."""
+def _read_tensors(path: Path, kind: str) -> dict[str, Any]:
+    """The content of a file that `_write_tensors` wrote; its kind is told by the key that it must hold."""
     data = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(data)).testzip() is not None:  # torch.load does not look at the checksums

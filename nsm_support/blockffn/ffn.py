@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nsm_support.blockffn.router import BlockRouter, Routed, check_sizes
+from nsm_support.blockffn.router import BlockRouter, Routed
+from nsm_support.checks import check_choice, check_sizes
 
 PATHS = ("auto", "dense", "sparse")
 FEW = 2048  # pairs up to which one call for all blocks is faster than a few calls for each
@@ -142,9 +143,8 @@ class BlockFFN(BlockRouter):
 
     def __init__(self, dim: int, num_experts: int, expert_size: int, *, path: str = "auto", **router):
         super().__init__(dim, num_experts, **router)
-        check_sizes(expert_size=expert_size)
-        if path not in PATHS:
-            raise ValueError(f"path is one of {', '.join(map(repr, PATHS))}; got {path!r}")
+        check_sizes(self, expert_size=expert_size)
+        check_choice(self, PATHS, path=path)
         self.expert_size, self.path = expert_size, path
         hidden = num_experts * expert_size
         self.up_proj = nn.Parameter(torch.empty(hidden, dim).normal_(std=dim**-0.5))

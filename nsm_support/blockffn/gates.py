@@ -11,6 +11,8 @@ those that stand exactly at a hard gate's threshold are parted by lot, or the me
 import torch
 from torch import Tensor, nn
 
+from nsm_support.checks import check, check_choice
+
 #: signal → what it is
 SIGNALS = {
     "routing": "share of experts that the token does not use",
@@ -45,10 +47,9 @@ class Gate(nn.Module):
 
     def __init__(self, mode: str, alpha: float = 0.5, *, width: int | None = None, temperature: float = 0.5, seed: int = 0):
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode is one of {', '.join(map(repr, MODES))}; got {mode!r}")
-        if not 0 <= alpha <= 1 or not temperature > 0:
-            raise ValueError(f"alpha lies in 0 … 1 and temperature above 0; got {alpha!r} and {temperature!r}")
+        check_choice(self, MODES, mode=mode)
+        check(self, 0 <= alpha <= 1, "0 … 1", alpha=alpha)
+        check(self, temperature > 0, "above 0", temperature=temperature)
         self.mode, self.alpha, self.temperature, self.seed = mode, alpha, temperature, seed
         self.kind, _, shape = mode.partition("_")
         self.hard, self.calibrating = shape == "hard", False

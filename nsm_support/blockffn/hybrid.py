@@ -15,6 +15,7 @@ from nsm_support.blockffn.gates import Gate
 from nsm_support.blockffn.model import BlockFFNLayer, BlockFFNModel, losses
 from nsm_support.blockffn.objectives import token_sparsity
 from nsm_support.blockffn.router import Routed
+from nsm_support.checks import check_choice
 from nsm_support.mixers.mamba import MambaBlock, MambaStream
 from nsm_support.training import History, TrainingConfig, evaluating, fit
 
@@ -66,8 +67,7 @@ class GatedHybridLayer(nn.Module):
 
     def __init__(self, layer: BlockFFNLayer, sidecar: MambaSidecar, gate: Gate, source: str = "previous"):
         super().__init__()
-        if source not in SOURCES:
-            raise ValueError(f"source is one of {', '.join(map(repr, SOURCES))}; got {source!r}")
+        check_choice(self, SOURCES, source=source)
         self.layer, self.sidecar, self.gate, self.source = layer, sidecar, gate, source
 
     def forward(self, x: Tensor, previous: Routed | None = None) -> tuple[Tensor, Routed | None]:

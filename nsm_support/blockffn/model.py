@@ -17,6 +17,7 @@ from nsm_support.blockffn.attention import Attention, LatentAttention
 from nsm_support.blockffn.ffn import BlockFFN
 from nsm_support.blockffn.objectives import chunk_sparsity_loss, locality_loss
 from nsm_support.blockffn.router import NORMS, Routed
+from nsm_support.checks import check, check_choice, check_sizes
 
 ATTENTIONS, FFNS = ("vanilla", "mla"), ("block", "dense")
 
@@ -52,27 +53,21 @@ class BlockFFNConfig:
     sparsity_chunk: int = 64  # tokens of a chunk
 
     def __post_init__(self):
-        for name, accepted in (("attention_type", ATTENTIONS), ("ffn_type", FFNS), ("norm_after_router", NORMS)):
-            if (value := getattr(self, name)) not in accepted:
-                raise ValueError(f"{name} is one of {', '.join(map(repr, accepted))}; got {value!r}")
+        check_choice(self, ATTENTIONS, "attention_type")
+        check_choice(self, FFNS, "ffn_type")
+        check_choice(self, NORMS, "norm_after_router")
         sizes = ["vocab_size", "token_dim", "num_layers", "num_heads", "dim_model_base"]
         sizes += ["num_experts", "expert_size"] if self.ffn_type == "block" else ["intermediate_size"]
         latent = ["qk_nope_head_dim", "qk_rope_head_dim", "q_lora_rank", "kv_lora_rank"]
         sizes += latent if self.attention_type == "mla" else []
-        for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is a whole number from 1 up; got {value!r}")
-        if self.token_dim % self.num_heads or self.num_heads % self.key_value_heads:
-            raise ValueError(
-                f"token_dim ({self.token_dim}) is a multiple of num_heads ({self.num_heads}), and "
-                f"that of num_key_value_heads ({self.key_value_heads})"
-            )
+        check_sizes(self, *sizes)
+        whole = not (self.token_dim % self.num_heads or self.num_heads % self.key_value_heads)
+        accepted = "each a multiple of the next"
+        check(self, whole, accepted, "token_dim", "num_heads", num_key_value_heads=self.key_value_heads)
         rotary = self.qk_rope_head_dim if self.attention_type == "mla" else self.token_dim // self.num_heads
-        if rotary % 2:
-            raise ValueError(f"a rotary head has an even width; got {rotary}")
-        if min(self.locality_weight, self.chunk_sparsity_weight) < 0:
-            raise ValueError(f"weights are at least 0; got {self.locality_weight!r} and {self.chunk_sparsity_weight!r}")
+        check(self, not rotary % 2, "even, for rotary positions", **{"width of a head": rotary})
+        positive = min(self.locality_weight, self.chunk_sparsity_weight) >= 0
+        check(self, positive, "0 or more", "locality_weight", "chunk_sparsity_weight")
 
     @property
     def key_value_heads(self) -> int:

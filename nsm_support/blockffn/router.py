@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsm_support.checks import check_choice, check_shape, check_sizes
+
 NORMS = ("rms", "sum", "none")
 
 
@@ -35,9 +37,8 @@ class BlockRouter(nn.Module):
 
     def __init__(self, dim: int, num_experts: int, *, norm_after_router: str = "rms", norm_scale: float = 1.0, eps: float = 1e-5):
         super().__init__()
-        check_sizes(dim=dim, num_experts=num_experts)
-        if norm_after_router not in NORMS:
-            raise ValueError(f"norm_after_router is one of {', '.join(map(repr, NORMS))}; got {norm_after_router!r}")
+        check_sizes(self, dim=dim, num_experts=num_experts)
+        check_choice(self, NORMS, norm_after_router=norm_after_router)
         self.dim, self.num_experts = dim, num_experts
         self.norm_after_router, self.norm_scale = norm_after_router, norm_scale
         self.router_proj = nn.Linear(dim, num_experts, bias=False)
@@ -47,8 +48,7 @@ class BlockRouter(nn.Module):
 
     def route(self, x: Tensor) -> Routed:
         """Scores and logits [...,E] of tokens [...,D]. A ValueError for another last axis."""
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"tokens have shape [..., {self.dim}]; got {list(x.shape)}")
+        check_shape(self, "tokens", x, "... D", D=self.dim)
         logits = self.router_proj(x)
         scores = F.relu(logits)
         if self.norm_after_router == "rms":
@@ -59,10 +59,3 @@ class BlockRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Routed:
         return self.route(x)
-
-
-def check_sizes(**sizes: int) -> None:
-    """A ValueError that names the first size which is not a whole number from 1 up."""
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is a whole number from 1 up; got {value!r}")

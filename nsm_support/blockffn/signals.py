@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nsm_support.blockffn.objectives import token_sparsity
 from nsm_support.blockffn.router import BlockRouter
-from nsm_support.studies.tables import write_json
+from nsm_support.files import write_json
 from nsm_support.training import evaluating
 
 

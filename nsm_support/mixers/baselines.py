@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsm_support.checks import check, check_choice, check_ends, check_shape, check_sizes
 from nsm_support.data import from_patches
 from nsm_support.mixers.mamba import MambaBlock
 from nsm_support.mixers.rotary import rotate
 
-HEADS = ("classification", "labelling", "language_model")
 POSITIONS = ("none", "learned")
 CELLS = {"lstm": nn.LSTM, "gru": nn.GRU}
 ROOM = 256  # places by which a cache of keys and values grows: copying it costs 1/256 of reading it
@@ -46,23 +46,9 @@ class BaselineConfig:
     state_dim: int = 16  # of Mamba, per channel
 
     def __post_init__(self):
-        for name, accepted in (("head", HEADS), ("positions", POSITIONS)):
-            if (value := getattr(self, name)) not in accepted:
-                raise ValueError(f"{name} is one of {', '.join(map(repr, accepted))}; got {value!r}")
-        for name in ("token_dim", "num_layers", "num_heads", "ffn_multiple", "state_dim"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is at least 1; got {value!r}")
-        if (self.input_dim is None) == (self.vocab_size is None):
-            given = f"got {self.input_dim} and {self.vocab_size}"
-            raise ValueError(f"give one of input_dim (vectors) and vocab_size (token numbers); {given}")
-        if self.head == "language_model" and (self.vocab_size is None or not self.causal):
-            raise ValueError("a language model takes vocab_size and causal=True: else it sees what it predicts")
-        if self.head == "language_model" and self.output_dim not in (None, self.vocab_size):
-            raise ValueError(f"a language model predicts vocab_size ({self.vocab_size}) tokens; got {self.output_dim}")
-        if self.head != "language_model" and self.output_dim is None:
-            raise ValueError(f"head {self.head!r} takes output_dim")
-        if self.positions == "learned" and self.max_length is None:
-            raise ValueError("learned positions take max_length")
+        check_choice(self, POSITIONS, "positions")
+        check_sizes(self, "token_dim", "num_layers", "num_heads", "ffn_multiple", "state_dim")
+        check_ends(self, causal=self.causal)
 
 
 class Stream(NamedTuple):
@@ -98,8 +84,9 @@ class SequenceModel(nn.Module):
         Where mask [B,T] is False, a token is padding (at the right). Raises ValueError for shapes that do not fit.
         """
         tokens = self._embed(inputs)
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape[:2]):
-            raise ValueError(f"mask is [B,T] bool, here {list(tokens.shape[:2])}; got {list(mask.shape)}, {mask.dtype}")
+        if mask is not None:
+            check_shape(self, "mask", mask, "B T", B=tokens.shape[0], T=tokens.shape[1])
+            check_choice(self, (torch.bool,), **{"mask.dtype": mask.dtype})
         for layer in self.layers:
             tokens = layer(tokens, mask)
         tokens = self.norm(tokens)
@@ -112,8 +99,7 @@ class SequenceModel(nn.Module):
     @torch.no_grad()
     def start(self, batch_size: int) -> Stream:
         """The memory before the first token. Raises ValueError for a model that is not causal."""
-        if not self.causal:
-            raise ValueError(f"streaming takes a causal model; this {type(self).__name__} has causal=False")
+        check(self, self.causal, "True: a stream sees no later token", "causal")
         total = self.head.weight.new_zeros(batch_size, self.config.token_dim)
         layers = tuple(layer.start(batch_size) for layer in self.layers)
         return Stream(layers, total if self.config.head == "classification" else None, 0)
@@ -184,8 +170,13 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, token_dim: int, num_heads: int, causal: bool, ffn_multiple: int = 4):
         super().__init__()
-        if token_dim % (2 * num_heads):
-            raise ValueError(f"token_dim ({token_dim}) is no multiple of 2·num_heads ({2 * num_heads}): a rotary head is even")
+        check(
+            self,
+            not token_dim % (2 * num_heads),
+            "token_dim a multiple of 2 · num_heads",
+            token_dim=token_dim,
+            num_heads=num_heads,
+        )
         self.num_heads, self.causal = num_heads, causal
         self.norm, self.ffn_norm = nn.LayerNorm(token_dim), nn.LayerNorm(token_dim)
         self.qkv, self.out = nn.Linear(token_dim, 3 * token_dim, bias=False), nn.Linear(token_dim, token_dim)
@@ -258,8 +249,7 @@ class Recurrent(SequenceModel):
     """LSTM (Hochreiter and Schmidhuber 1997) or GRU (Cho et al. 2014, arXiv:1406.1078), stacked, as PyTorch has them."""
 
     def __init__(self, config: BaselineConfig, cell: str = "lstm"):
-        if cell not in CELLS:
-            raise ValueError(f"cell is one of {', '.join(map(repr, CELLS))}; got {cell!r}")
+        check_choice(self, CELLS, cell=cell)
         super().__init__(config, [RecurrentLayers(config.token_dim, config.num_layers, cell)])
 
 
@@ -302,8 +292,8 @@ class SmallCNN(nn.Module):
 
     def __init__(self, width: int = 16, output_dim: int = 10, side: int = 28):
         super().__init__()
-        if width < 1 or side < 4 or side % 4:
-            raise ValueError(f"width is at least 1 and side a multiple of 4; got width {width!r} and side {side!r}")
+        check_sizes(self, width=width, side=side)
+        check(self, not side % 4, "a multiple of 4", side=side)
         self.side = side
         self.features = nn.Sequential(
             nn.Conv2d(1, width, 5, padding=2),

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsm_support.checks import Shape, check, check_shape, check_sizes
 from nsm_support.mixers.scan import selective_scan, ssd_scan
 
 
@@ -42,16 +43,13 @@ class _Mixer(nn.Module):
 
     def prefill(self, tokens: Tensor, stream: MambaStream | None = None) -> tuple[Tensor, MambaStream]:
         """`forward`, and the stream as it is after the last token."""
-        width = self.in_proj.in_features
-        if tokens.dim() != 3 or tokens.shape[-1] != width or 0 in tokens.shape:
-            raise ValueError(f"tokens have shape [B, T, {width}] with at least one token; got {list(tokens.shape)}")
+        check_shape(self, "tokens", tokens, "B T D", D=self.in_proj.in_features)
+        check_sizes(self, batch_size=tokens.shape[0], tokens=tokens.shape[1])
         return self._mix(tokens, self._accepted(stream, tokens))
 
     def step(self, tokens: Tensor, stream: MambaStream) -> tuple[Tensor, MambaStream]:
         """The next token of each sequence [B,D] → its output [B,D] as in `forward`, and the stream after it."""
-        width = self.in_proj.in_features
-        if tokens.dim() != 2 or tokens.shape[-1] != width:
-            raise ValueError(f"a step takes one token of each sequence, [B, {width}]; got {list(tokens.shape)}")
+        check_shape(self, "token", tokens, "B D", D=self.in_proj.in_features)
         return self._step(tokens, self._accepted(stream, tokens))
 
     def start(self, batch_size: int) -> MambaStream:
@@ -65,8 +63,7 @@ class _Mixer(nn.Module):
         if stream is None:
             return expected
         for name, given, fits in zip(stream._fields, stream, expected, strict=True):
-            if given.shape != fits.shape:
-                raise ValueError(f"the stream's {name} has shape {list(given.shape)}; here {list(fits.shape)} fits")
+            check(self, given.shape == fits.shape, f"{list(fits.shape)}", **{f"stream.{name}": Shape(given.shape)})
         return stream
 
     def _convolve(self, x: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +89,9 @@ class MambaBlock(_Mixer):
     def __init__(
         self, token_dim: int, *, state_dim: int = 16, expand: int = 2, conv_width: int = 4, delta_rank: int | None = None
     ):
-        _check_sizes(token_dim=token_dim, state_dim=state_dim, expand=expand, conv_width=conv_width)
+        check_sizes(self, token_dim=token_dim, state_dim=state_dim, expand=expand, conv_width=conv_width)
         rank = -(-token_dim // 16) if delta_rank is None else delta_rank
-        _check_sizes(delta_rank=rank)
+        check_sizes(self, delta_rank=rank)
         channels = expand * token_dim
         super().__init__(channels, conv_width, (channels, state_dim))
         self.in_proj = nn.Linear(token_dim, 2 * channels, bias=False)
@@ -149,11 +146,12 @@ class Mamba2Block(_Mixer):
     def __init__(
         self, token_dim: int, *, num_heads: int = 4, state_dim: int = 64, expand: int = 2, conv_width: int = 4, chunk: int = 64
     ):
-        _check_sizes(token_dim=token_dim, num_heads=num_heads, state_dim=state_dim, expand=expand, conv_width=conv_width)
-        _check_sizes(chunk=chunk)
+        check_sizes(self, token_dim=token_dim, num_heads=num_heads, state_dim=state_dim)
+        check_sizes(self, expand=expand, conv_width=conv_width, chunk=chunk)
         channels = expand * token_dim
-        if channels % num_heads:
-            raise ValueError(f"expand · token_dim ({channels}) is no multiple of num_heads ({num_heads})")
+        check(
+            self, not channels % num_heads, "expand · token_dim a multiple of num_heads", channels=channels, num_heads=num_heads
+        )
         super().__init__(channels + 2 * state_dim, conv_width, (num_heads, channels // num_heads, state_dim))
         self.chunk, self.parts = chunk, (channels, channels + 2 * state_dim, num_heads)
         self.in_proj = nn.Linear(token_dim, sum(self.parts), bias=False)
@@ -196,9 +194,3 @@ def _delta_bias(size: int, low: float = 1e-3, high: float = 1e-1) -> Tensor:
     """Biases whose softplus is log-uniform from `low` to `high`."""
     delta = torch.empty(size).uniform_(math.log(low), math.log(high)).exp()
     return delta + torch.log(-torch.expm1(-delta))  # softplus⁻¹(Δ) = ln(e^Δ − 1)
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is a whole number from 1 up; got {value!r}")

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nsm_support.checks import Shape, check, check_shape, check_sizes
+
 # Elements that one step and one segment aim at. On a CPU the buffers of a segment fit the cache; elsewhere a call is dear.
 ON_CPU, ELSEWHERE = (8_192, 131_072), (1_048_576, 16_777_216)
 SHORTEST, LONGEST = 8, 64  # steps in a chunk
@@ -256,10 +258,8 @@ def ssd_scan(
     _check("B", B, "B T G N", B=batch, T=tokens)
     G, N = B.shape[2:]
     _check("C", C, "B T G N", B=batch, T=tokens, G=G, N=N)
-    if heads % G:
-        raise ValueError(f"heads come in groups of equal size; got {heads} heads and {G} groups")
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk is a whole number from 1 up; got {chunk!r}")
+    check("ssd_scan", not heads % G, "groups of equal size", heads=heads, groups=G)
+    check_sizes("ssd_scan", chunk=chunk)
     if initial_state is None:
         initial_state = x.new_zeros(batch, heads, P, N)
     _check("initial_state", initial_state, "B H P N", B=batch, H=heads, P=P, N=N)
@@ -320,20 +320,14 @@ def ssd_scan_reference(x, delta, A, B, C, D=None, *, initial_state=None, return_
 
 def _check(name: str, x: Tensor, axes: str, **sizes: int) -> None:
     """Refuse a tensor whose number of axes, or a size named in `sizes`, is not the one asked for; and empty ones."""
-    letters = axes.split()
-    found = dict(zip(letters, x.shape, strict=False))
-    if x.dim() != len(letters) or any(found[letter] != size for letter, size in sizes.items()):
-        wanted = ", ".join(f"{letter} = {sizes[letter]}" if letter in sizes else letter for letter in letters)
-        raise ValueError(f"{name} has shape {list(x.shape)}; it takes [{wanted}]")
-    if 0 in x.shape:
-        raise ValueError(f"a scan takes at least one token, and no empty axis; got {name} of shape {list(x.shape)}")
+    check_shape("scan", name, x, axes, **sizes)
+    check("scan", 0 not in x.shape, "at least one token, and no empty axis", **{name: Shape(x.shape)})
 
 
 def _common_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype that holds all of them: under autocast they differ."""
     dtype = tensors[0].dtype
     for x in tensors:
-        if not x.is_floating_point():
-            raise ValueError(f"a scan takes real floats; got {x.dtype}")
+        check("scan", x.is_floating_point(), "real floats", dtype=x.dtype)
         dtype = torch.promote_types(dtype, x.dtype)
     return dtype

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsm_support.checks import check, check_choice, check_shape, check_sizes
 from nsm_support.mixers.rotary import rotate
-from nsm_support.nsm.states import check_choice, check_positive, check_shape
 
 MIXES = ("gate", "sum", "fixed", "local", "read")
 
@@ -104,15 +104,12 @@ class HybridAttention(nn.Module):
         state_dim: int | None = None,
     ):
         super().__init__()
-        for name, value in (("token_dim", token_dim), ("num_heads", num_heads), ("window", window)):
-            check_positive(name, value)
-        if token_dim % num_heads:
-            raise ValueError(f"token_dim ({token_dim}) is no multiple of num_heads ({num_heads})")
-        check_choice("mix", mix, MIXES)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha, the share of the window, lies in 0 … 1; got {alpha!r}")
-        if rotary and token_dim // num_heads % 2:
-            raise ValueError(f"rotary positions take an even width per head; got {token_dim // num_heads}")
+        check_sizes(self, token_dim=token_dim, num_heads=num_heads, window=window)
+        check(self, not token_dim % num_heads, "a multiple of num_heads", token_dim=token_dim, num_heads=num_heads)
+        check_choice(self, MIXES, mix=mix)
+        check(self, 0 <= alpha <= 1, "0 … 1, the share of the window", alpha=alpha)
+        odd = rotary and token_dim // num_heads % 2
+        check(self, not odd, "an even width per head for rotary positions", token_dim=token_dim, num_heads=num_heads)
         self.token_dim, self.num_heads, self.window, self.causal = token_dim, num_heads, window, causal
         self.mix, self.alpha, self.rotary = mix, alpha, rotary
         self.qkv = nn.Linear(token_dim, 3 * token_dim, bias=False) if mix != "read" else None
@@ -122,9 +119,9 @@ class HybridAttention(nn.Module):
 
     def forward(self, tokens: Tensor, states: Tensor, weights: Tensor) -> Tensor:
         """Tokens [B,T,D] hear their window, and states [B,S,M] through routing weights [B,T,S] → [B,T,D]."""
-        check_shape("tokens", tokens, "B T D", D=self.token_dim)
+        check_shape(self, "tokens", tokens, "B T D", D=self.token_dim)
         values = states if self.state_proj is None else self.state_proj(states)
-        check_shape("states (give state_dim where they are not token_dim wide)", values, "B S D", D=self.token_dim)
+        check_shape(self, "states (give state_dim where they are not token_dim wide)", values, "B S D", D=self.token_dim)
         local = self.local(tokens)
         heard = tokens if local is None else tokens + local
         return self.combine(heard, local, weights @ values)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsm_support.checks import check_choice, check_shape, check_sizes
 from nsm_support.nsm.attention import HybridAttention
 from nsm_support.nsm.propagation import Propagated, StatePropagator
 from nsm_support.nsm.routing import MIN_MASS, Routing, TokenToStateRouter, write
-from nsm_support.nsm.states import StateManager, check_choice, check_positive, check_shape
+from nsm_support.nsm.states import StateManager
 
 
 class LayerTrace(NamedTuple):
@@ -89,7 +90,7 @@ class NSMLayer(nn.Module):
     ):
         super().__init__()
         if chunk is not None:
-            check_positive("chunk (None for the bidirectional mode)", chunk)
+            check_sizes(self, chunk=chunk)
         self.token_dim, self.chunk = token_dim, chunk
         self.hybrid_attn = HybridAttention(
             token_dim, num_heads, window, causal=chunk is not None, mix=mix, alpha=alpha, rotary=rotary
@@ -124,13 +125,12 @@ class NSMLayer(nn.Module):
         return self._run(tokens, states, mask, trace=True)
 
     def _run(self, tokens: Tensor, states: Tensor | None, mask: Tensor | None, trace: bool) -> LayerTrace:
-        check_shape("tokens", tokens, "B T D", D=self.token_dim)
+        check_shape(self, "tokens", tokens, "B T D", D=self.token_dim)
         B, T, _ = tokens.shape
-        if T == 0:
-            raise ValueError(f"a layer takes at least one token; got tokens of shape {list(tokens.shape)}")
+        check_sizes(self, **{"number of tokens": T})
         if mask is not None:
-            check_shape("mask", mask, "B T", B=B, T=T)
-            check_choice("mask.dtype", mask.dtype, (torch.bool,))
+            check_shape(self, "mask", mask, "B T", B=B, T=T)
+            check_choice(self, (torch.bool,), **{"mask.dtype": mask.dtype})
         u = self.norm(tokens)
         local = self.hybrid_attn.local(u, mask)  # (B, T, D)
         heard = u if local is None else u + local
@@ -259,7 +259,7 @@ class NSMLayer(nn.Module):
 
     def step(self, tokens: Tensor, stream: LayerStream, position: int = 0) -> tuple[Tensor, LayerStream]:
         """One token [B,D] of each sequence, at `position` (for rotary alone); equals the full pass at that place."""
-        check_shape("tokens", tokens, "B D", D=self.token_dim)
+        check_shape(self, "tokens", tokens, "B D", D=self.token_dim)
         router, attn = self.router, self.hybrid_attn
         states, cell, message, mass, count, keys, values = stream
         tokens = tokens[:, None]  # (B, 1, D)

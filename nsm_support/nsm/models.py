@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nsm_support.checks import check, check_choice, check_ends, check_shape, check_sizes
 from nsm_support.nsm.layer import LayerStream, LayerTrace, NSMLayer
-from nsm_support.nsm.states import Pruned, check_choice, check_positive, check_shape
+from nsm_support.nsm.states import Pruned
 
-HEADS = ("classification", "labelling", "language_model")
 POSITIONS = ("rotary", "learned", "none")
 
 
@@ -48,20 +48,11 @@ class NSMConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        check_choice("head", self.head, HEADS)
-        check_choice("positions", self.positions, POSITIONS)
-        check_positive("num_layers", self.num_layers)
-        if (self.input_dim is None) == (self.vocab_size is None):
-            given = f"got {self.input_dim} and {self.vocab_size}"
-            raise ValueError(f"give one of input_dim (vectors) and vocab_size (token numbers); {given}")
-        if self.head == "language_model" and (self.vocab_size is None or self.chunk is None):
-            raise ValueError("a language model takes vocab_size and chunk: bidirectionally it sees what it predicts")
-        if self.head != "language_model" and self.output_dim is None:
-            raise ValueError(f"head {self.head!r} takes output_dim")
-        if self.positions == "learned" and self.max_length is None:
-            raise ValueError("learned positions take max_length")
-        if isinstance(self.num_states, Sequence) and len(self.num_states) != self.num_layers:
-            raise ValueError(f"num_states is one number, or one per layer ({self.num_layers}); got {self.num_states}")
+        check_choice(self, POSITIONS, "positions")
+        check_sizes(self, "num_layers")
+        check_ends(self, causal=self.chunk is not None)
+        fits = not isinstance(self.num_states, Sequence) or len(self.num_states) == self.num_layers
+        check(self, fits, "one number, or one per layer", "num_states", "num_layers")
 
     @property
     def states_per_layer(self) -> tuple[int, ...]:
@@ -146,9 +137,9 @@ class NSM(nn.Module):
 
     def _embed(self, inputs: Tensor, start: int = 0) -> Tensor:
         if self.config.vocab_size is None:
-            check_shape("inputs", inputs, "B T input_dim", input_dim=self.config.input_dim)
+            check_shape(self, "inputs", inputs, "B T input_dim", input_dim=self.config.input_dim)
         else:
-            check_shape("inputs", inputs, "B T")
+            check_shape(self, "inputs", inputs, "B T")
         tokens = self.embed(inputs)  # (B, T, D)
         if self.position is None:
             return tokens

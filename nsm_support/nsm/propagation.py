@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsm_support.nsm.states import check_choice, check_positive, check_shape
+from nsm_support.checks import check, check_choice, check_shape, check_sizes
 
 CELLS = {"gru": nn.GRUCell, "lstm": nn.LSTMCell}
 
@@ -51,8 +51,7 @@ class StateAttention(nn.Module):
 
     def __init__(self, state_dim: int, hidden_dim: int, num_heads: int):
         super().__init__()
-        if hidden_dim % num_heads:
-            raise ValueError(f"hidden_dim ({hidden_dim}) is no multiple of num_heads ({num_heads})")
+        check(self, not hidden_dim % num_heads, "a multiple of num_heads", hidden_dim=hidden_dim, num_heads=num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(state_dim, 3 * hidden_dim)
         self.out = nn.Linear(hidden_dim, state_dim)
@@ -88,8 +87,8 @@ class StatePropagator(nn.Module):
 
     def __init__(self, state_dim: int, hidden_dim: int | None = None, gate_type: str = "gru", num_heads: int = 4):
         super().__init__()
-        check_positive("state_dim", state_dim)
-        check_choice("gate_type", gate_type, tuple(CELLS))
+        check_sizes(self, state_dim=state_dim)
+        check_choice(self, CELLS, gate_type=gate_type)
         self.state_dim, self.hidden_dim, self.gate_type = state_dim, hidden_dim or state_dim, gate_type
         self.cell = CELLS[gate_type](state_dim, state_dim)
         self.attention = StateAttention(state_dim, self.hidden_dim, num_heads) if num_heads else None
@@ -111,9 +110,9 @@ class StatePropagator(nn.Module):
             strength: [B,S], how much of the gated update is taken; all of it by default.
             log_importance: [S], how loud each state is for the others.
         """
-        check_shape("states", states, "B S M", M=self.state_dim)
+        check_shape(self, "states", states, "B S M", M=self.state_dim)
         if message is not None:
-            check_shape("message", message, "B S M", B=states.shape[0], S=states.shape[1], M=self.state_dim)
+            check_shape(self, "message", message, "B S M", B=states.shape[0], S=states.shape[1], M=self.state_dim)
             states, cell = self.update(states, self.gates(message), cell, strength)
         return Propagated(self.listen(states, log_importance), cell)
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsm_support.nsm.states import Importance, check_positive, check_shape
+from nsm_support.checks import check, check_shape, check_sizes
+from nsm_support.nsm.states import Importance
 
 MIN_MASS = 1e-9
 """Least routing mass that a message is divided by: a state that no token was routed to gets the message 0."""
@@ -122,15 +123,11 @@ class TokenToStateRouter(nn.Module):
         use_softmax: bool = True,
     ):
         super().__init__()
-        for name, value in (("token_dim", token_dim), ("state_dim", state_dim), ("num_heads", num_heads)):
-            check_positive(name, value)
-        if token_dim % num_heads:
-            raise ValueError(f"token_dim ({token_dim}) is no multiple of num_heads ({num_heads})")
+        check_sizes(self, token_dim=token_dim, state_dim=state_dim, num_heads=num_heads)
+        check(self, not token_dim % num_heads, "a multiple of num_heads", token_dim=token_dim, num_heads=num_heads)
         self.importance = Importance(num_states)
-        if top_k is not None and not 1 <= top_k <= num_states:
-            raise ValueError(f"top_k is None or lies in 1 … num_states ({num_states}); got {top_k!r}")
-        if not temperature > 0:
-            raise ValueError(f"temperature is above 0; got {temperature!r}")
+        check(self, top_k is None or 1 <= top_k <= num_states, f"None or 1 … num_states, {num_states}", top_k=top_k)
+        check(self, temperature > 0, "above 0", temperature=temperature)
         self.token_dim, self.state_dim, self.num_heads = token_dim, state_dim, num_heads
         self.top_k, self.temperature, self.use_softmax = top_k, temperature, use_softmax
         # No bias on query and key: zero states then give zero logits, whatever the tokens are.
@@ -161,8 +158,8 @@ class TokenToStateRouter(nn.Module):
 
     def route(self, tokens: Tensor, states: Tensor) -> Routing:
         """Weights and logits [B,H,T,S] of tokens [B,T,D] over states [B,S,M]. Logits are as before the top-k mask."""
-        check_shape("tokens", tokens, "B T D", D=self.token_dim)
-        check_shape("states", states, "B S M", B=tokens.shape[0], S=self.num_states, M=self.state_dim)
+        check_shape(self, "tokens", tokens, "B T D", D=self.token_dim)
+        check_shape(self, "states", states, "B S M", B=tokens.shape[0], S=self.num_states, M=self.state_dim)
         return self.match(self.heads(self.query(tokens)), self.heads(self.key(states)))
 
     def match(self, q: Tensor, k: Tensor) -> Routing:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nsm_support.checks import check_choice, check_shape, check_sizes
+
 
 class Importance(nn.Module):
     """How much each state counts: a learned number per state, and beside it the use that was measured.
@@ -21,7 +23,7 @@ class Importance(nn.Module):
 
     def __init__(self, num_states: int, momentum: float = 0.01):
         super().__init__()
-        check_positive("num_states", num_states)
+        check_sizes(self, num_states=num_states)
         self.momentum = momentum
         self.log_importance = nn.Parameter(torch.zeros(num_states))
         self.register_buffer("mean_mass", torch.full((num_states,), 1 / num_states))
@@ -43,7 +45,7 @@ class Importance(nn.Module):
         Args:
             by: "importance", S · softmax(log_importance), or "mass", S · mean_mass.
         """
-        check_choice("by", by, ("importance", "mass"))
+        check_choice(self, ("importance", "mass"), by=by)
         share = self.log_importance.softmax(0) if by == "importance" else self.mean_mass
         return (share * self.num_states).detach()
 
@@ -88,8 +90,7 @@ class StateManager(nn.Module):
         count = next((n for n in (num_states, initial_states, max_states) if n is not None), None)
         if count is None or state_dim is None:
             raise ValueError("a StateManager takes state_dim and one of num_states, initial_states and max_states")
-        check_positive("num_states", count)
-        check_positive("state_dim", state_dim)
+        check_sizes(self, num_states=count, state_dim=state_dim)
         if max_states is not None and max_states < count:
             raise ValueError(f"max_states ({max_states}) is below the number of states at the start ({count})")
         if importance is not None and importance.num_states != count:
@@ -115,7 +116,7 @@ class StateManager(nn.Module):
         """
         if initial_states is not None:
             batch = {} if batch_size is None else {"B": batch_size}
-            check_shape("initial_states", initial_states, "B S M", S=self.num_states, M=self.state_dim, **batch)
+            check_shape(self, "initial_states", initial_states, "B S M", S=self.num_states, M=self.state_dim, **batch)
             return initial_states
         if batch_size is None:
             raise ValueError("give initial_states [B,S,M] or batch_size; neither was given")
@@ -193,7 +194,7 @@ class StateManager(nn.Module):
             mass[parent] /= 2
             level, share = log_importance[parent], mass[parent]
         else:
-            check_shape("vector", vector, "M", M=self.state_dim)
+            check_shape(self, "vector", vector, "M", M=self.state_dim)
             row = vector.to(self.initial)
             level = log_importance.logsumexp(0) - math.log(self.num_states)  # score 1, before and after
             share = mass.mean()
@@ -233,23 +234,3 @@ def follow(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Paramete
         moments = optimizer.state.pop(old)
         same = {key: torch.is_tensor(value) and value.shape == old.shape for key, value in moments.items()}
         optimizer.state[new] = {key: change(v).clone() if same[key] else v for key, v in moments.items()}
-
-
-def check_shape(name: str, tensor: Tensor, letters: str, **sizes: int) -> None:
-    """Raise a ValueError unless `tensor` has one axis per letter, of the size given for that letter (if any)."""
-    axes = letters.split()
-    wanted = ",".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
-    if tensor.dim() != len(axes) or any(size != sizes.get(a, size) for a, size in zip(axes, tensor.shape, strict=True)):
-        raise ValueError(f"{name} takes shape [{wanted}], got {list(tensor.shape)}")
-
-
-def check_choice(name: str, value, accepted: Sequence) -> None:
-    """Raise a ValueError unless `value` is one of `accepted`."""
-    if value not in accepted:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, accepted))}; got {value!r}")
-
-
-def check_positive(name: str, value: int) -> None:
-    """Raise a ValueError unless `value` is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is a whole number of at least 1; got {value!r}")

@@ -1,22 +1,17 @@
 """The files of the experiment, with the fields that its first notebook reads: each is written whole or not at all."""
 
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from nsm_support.files import write_whole
+
 # The columns that a table has at least, in this order; what else the rows hold follows.
 ALPHA_SWEEP = ("alpha", "perplexity", "memory_gb", "tokens_per_second")
 LAYER_REPLACEMENT = ("layer", "perplexity", "delta", "pct_change")
 GATED_HYBRID = ("mode", "temperature", "threshold", "alpha", "perplexity", "delta", "pct_change")
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
-    _write_whole(Path(path), json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
 def write_alpha_sweep(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -76,16 +71,4 @@ def _write_table(path: str | Path, columns: tuple[str, ...], rows: list[Mapping[
             if isinstance(value, Real) and not math.isfinite(value):  # NumPy's numbers too
                 raise ValueError(f"{path}: {name} of row {number} is {value}; None stands for what does not exist")
     others = dict.fromkeys(name for row in rows for name in row if name not in columns)  # of every row, in order
-    _write_whole(Path(path), pandas.DataFrame(rows, columns=[*columns, *others]).to_csv(index=False))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, pandas.DataFrame(rows, columns=[*columns, *others]).to_csv(index=False))

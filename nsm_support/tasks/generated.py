@@ -11,8 +11,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
+from nsm_support.checks import check_sizes
 from nsm_support.tasks.listops import WORDS, sample_expressions
-from nsm_support.tasks.protocol import HELD_OUT, IGNORE, Batch, Control, Task, control, positive
+from nsm_support.tasks.protocol import HELD_OUT, IGNORE, Batch, Control, Task, control
 
 OPTIMUM = Control("optimum: the rule itself", 1.0, 0.0)  #: the targets follow from the inputs
 SIZES = {"validation": 500, "test": 1_000}  #: held-out examples, unless `size` says otherwise
@@ -64,7 +65,7 @@ class Generated(Task):
     def _collect(self, generator: Generator, n: int, length: int, part: str, block: int) -> Batch:
         """The first n examples of a part among blocks of fresh ones: fewer are the beginning of more."""
         self._check(length, part)
-        positive(self.name, examples=n)
+        check_sizes(self.name, examples=n)
         kept, count, blocks = [], 0, 0
         while count < n:
             batch = self._draw(generator, block, length)
@@ -94,7 +95,7 @@ class WordProblem(Generated):
 
     def __init__(self, name: str, *, seed: int = 0, max_length: int = 40):
         super().__init__(seed)
-        positive(name, max_length=max_length)
+        check_sizes(name, max_length=max_length)
         self.name, self.max_length, self.generators = name, max_length, PERMUTATIONS[name]
         self.elements, steps = [tuple(range(len(self.generators[0])))], []  #: permutations i ↦ p[i], the identity first
         for element in self.elements:  # grows under the loop until the group is closed
@@ -171,7 +172,7 @@ class Recall(Generated):
 
     def __init__(self, *, seed: int = 0, pairs: int = 8, keys: int = 32, values: int = 32):
         super().__init__(seed)
-        positive(self.name, pairs=pairs, keys=keys, values=values)
+        check_sizes(self.name, pairs=pairs, keys=keys, values=values)
         self.keys, self.output_dim, self.vocab_size, self.max_length = keys, values, keys + values, 3 * pairs
         self._check(self.max_length, "train")
 
@@ -209,7 +210,7 @@ class SelectiveCopying(Generated):
 
     def __init__(self, *, seed: int = 0, data: int = 8, tokens: int = 8, context: int = 64):
         super().__init__(seed)
-        positive(self.name, data=data, tokens=tokens, context=context)
+        check_sizes(self.name, data=data, tokens=tokens, context=context)
         self.data, self.output_dim, self.vocab_size, self.max_length = data, tokens, tokens + 2, context + data
         self._check(self.max_length, "train")
 

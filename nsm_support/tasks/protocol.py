@@ -130,10 +130,3 @@ class Task:
             raise ValueError(f"{self.name}: part {part!r}; {' and '.join(map(repr, HELD_OUT))} are accepted")
         if length is not None:
             raise ValueError(f"{self.name}: length = {length}; None is accepted: the task's sizes fix the length")
-
-
-def positive(task: str, **sizes: int) -> None:
-    """Raises ValueError naming a size that is below 1."""
-    for size, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{task}: {size} = {value}; at least 1 is accepted")

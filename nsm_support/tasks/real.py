@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 from torch.nn.utils.rnn import pad_sequence
 
+from nsm_support.checks import check_sizes
 from nsm_support.data import (
     Vocabulary,
     example_sampler,
@@ -19,7 +20,7 @@ from nsm_support.data import (
     window_sampler,
 )
 from nsm_support.metrics import TABLE_LIMIT, ngram_baseline
-from nsm_support.tasks.protocol import Batch, Control, Task, positive, score
+from nsm_support.tasks.protocol import Batch, Control, Task, score
 
 SECTIONS = {"law": 5, "history": 17, "wisdom": 22, "prophets": 39, "gospels and Acts": 44, "letters and Revelation": 66}
 """The sections of the Bible, in the order of their classes, each with the number of its last book."""
@@ -95,7 +96,7 @@ class VerseSection(Data):
     name, head, causal, output_dim = "verse_section", "classification", False, len(SECTIONS)
 
     def __init__(self, *, seed: int = 0, length: int = 128):
-        positive(self.name, length=length)
+        check_sizes(self.name, length=length)
         text = load_text()
         self.vocabulary, self.max_length, self.parts = Vocabulary(text.content), length, {}
         self.vocab_size = 1 + len(self.vocabulary)
@@ -142,7 +143,7 @@ class CharacterText(Data):
     name, head, causal = "text", "language_model", True
 
     def __init__(self, *, seed: int = 0, length: int = 128, path: str | os.PathLike[str] | None = None):
-        positive(self.name, length=length)
+        check_sizes(self.name, length=length)
         text = load_text(path)
         self.vocabulary, self.max_length, self.parts = Vocabulary(text.content), length, {}
         self.vocab_size = self.output_dim = len(self.vocabulary)

@@ -130,7 +130,7 @@ def test_a_cache_grows_by_blocks_and_keeps_what_it_holds():
 
 
 def test_streaming_is_refused_where_the_model_looks_ahead():
-    with pytest.raises(ValueError, match="streaming takes a causal model; this Transformer has causal=False"):
+    with pytest.raises(ValueError, match="Transformer: causal = False; accepted is True"):
         make("Transformer", **TOKENS).start(1)
     make("LSTM", **TOKENS).start(1)
 
@@ -242,18 +242,21 @@ def test_learned_positions_tell_the_order_and_end(name):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "give one of input_dim .vectors. and vocab_size .token numbers.; got None and None"),
-        (TOKENS | VECTORS, "got 3 and 40"),
-        (TOKENS | {"head": "regression"}, "head is one of 'classification', 'labelling', 'language_model'; got 'regression'"),
-        (TOKENS | {"positions": "rotary"}, "positions is one of 'none', 'learned'; got 'rotary'"),
-        (TOKENS | {"positions": "learned"}, "learned positions take max_length"),
-        (TOKENS | {"output_dim": None}, "head 'classification' takes output_dim"),
-        (TOKENS | {"head": "language_model", "output_dim": None}, "a language model takes vocab_size and causal=True"),
-        (VECTORS | {"head": "language_model", "causal": True}, "a language model takes vocab_size and causal=True"),
-        (TOKENS | {"head": "language_model", "causal": True}, r"predicts vocab_size \(40\) tokens; got 5"),
-        (TOKENS | {"token_dim": 0}, "token_dim is at least 1; got 0"),
-        (TOKENS | {"num_layers": 0}, "num_layers is at least 1; got 0"),
-        (TOKENS | {"num_heads": 3}, r"token_dim \(16\) is no multiple of 2·num_heads \(6\)"),
+        ({}, "input_dim = None, vocab_size = None; accepted is one of input_dim"),
+        (TOKENS | VECTORS, "input_dim = 3, vocab_size = 40; accepted is one of input_dim"),
+        (
+            TOKENS | {"head": "regression"},
+            "head = 'regression'; accepted is one of 'classification', 'labelling', 'language_model'",
+        ),
+        (TOKENS | {"positions": "rotary"}, "positions = 'rotary'; accepted is one of 'none', 'learned'"),
+        (TOKENS | {"positions": "learned"}, "max_length = None; accepted is max_length, a number"),
+        (TOKENS | {"output_dim": None}, "head = 'classification', output_dim = None; accepted is output_dim, a number"),
+        (TOKENS | {"head": "language_model", "output_dim": None}, "accepted is vocab_size and a causal model"),
+        (VECTORS | {"head": "language_model", "causal": True}, "accepted is vocab_size and a causal model"),
+        (TOKENS | {"head": "language_model", "causal": True}, r"output_dim = 5, vocab_size = 40; accepted is vocab_size"),
+        (TOKENS | {"token_dim": 0}, "BaselineConfig: token_dim = 0; accepted is a whole number, at least 1"),
+        (TOKENS | {"num_layers": 0}, "num_layers = 0; accepted is a whole number"),
+        (TOKENS | {"num_heads": 3}, r"token_dim = 16, num_heads = 3; accepted is token_dim a multiple of 2"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(options, said):
@@ -262,7 +265,7 @@ def test_a_config_that_does_not_fit_is_refused(options, said):
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="cell is one of 'lstm', 'gru'; got 'rnn'"):
+    with pytest.raises(ValueError, match="cell = 'rnn'; accepted is one of 'lstm', 'gru'"):
         Recurrent(BaselineConfig(**SMALL, **TOKENS), "rnn")
     numbers, vectors = make("GRU", **TOKENS), make("GRU", **VECTORS)
     for model, shape in ((numbers, (2, 3, 3)), (numbers, (2, 0)), (vectors, (2, 3, 4)), (vectors, (2, 3)), (vectors, (2, 0, 3))):
@@ -282,7 +285,7 @@ def test_the_small_cnn_reads_images_and_patches_alike_and_learns_them_by_heart()
     for shape in ((2, 27, 28), (2, 49, 9), (2, 28)):
         with pytest.raises(ValueError):
             model(torch.zeros(shape))
-    with pytest.raises(ValueError, match="side a multiple of 4; got width 4 and side 30"):
+    with pytest.raises(ValueError, match="side = 30; accepted is a multiple of 4"):
         SmallCNN(4, side=30)
 
 

@@ -278,15 +278,15 @@ def test_auto_takes_the_sparse_path_where_it_wins():
 
 def test_what_is_not_accepted_is_named():
     for wrong in (0, 2.0, True):
-        with pytest.raises(ValueError, match=f"expert_size is a whole number from 1 up; got {wrong}"):
+        with pytest.raises(ValueError, match=f"expert_size = {wrong}; accepted is a whole number, at least 1"):
             BlockFFN(4, 4, wrong)
-        with pytest.raises(ValueError, match=f"num_experts is a whole number from 1 up; got {wrong}"):
+        with pytest.raises(ValueError, match=f"num_experts = {wrong}; accepted is a whole number, at least 1"):
             BlockRouter(4, wrong)
-    with pytest.raises(ValueError, match="norm_after_router is one of 'rms', 'sum', 'none'; got True"):
+    with pytest.raises(ValueError, match="norm_after_router = True; accepted is one of 'rms', 'sum', 'none'"):
         BlockRouter(4, 4, norm_after_router=True)
-    with pytest.raises(ValueError, match="path is one of 'auto', 'dense', 'sparse'; got 'fast'"):
+    with pytest.raises(ValueError, match="path = 'fast'; accepted is one of 'auto', 'dense', 'sparse'"):
         BlockFFN(4, 4, 4, path="fast")
-    with pytest.raises(ValueError, match=r"tokens have shape \[..., 4\]; got \[2, 5\]"):
+    with pytest.raises(ValueError, match=r"BlockFFN: tokens = \[2, 5\]; accepted is \[..., D=4\]"):
         BlockFFN(4, 4, 4)(torch.zeros(2, 5))
 
 

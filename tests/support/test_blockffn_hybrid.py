@@ -382,14 +382,14 @@ def test_tuning_trains_the_hybrids_and_leaves_the_base(mode):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (lambda: Gate("routing"), "mode is one of 'fixed', 'routing_hard'"),
+        (lambda: Gate("routing"), "Gate: mode = 'routing'; accepted is one of 'fixed', 'routing_hard'"),
         (lambda: Gate("fixed", 1.2), "0 … 1"),
         (lambda: Gate("routing_soft", temperature=0.0), "temperature"),
         (lambda: Gate("learned_soft"), "width"),
         (lambda: Gate("random_hard")(torch.zeros(1, 2, 3)), "no threshold yet"),
         (lambda: gated("random_soft", 1.0), "use 'fixed'"),
         (lambda: gated("routing_hard", source="previous"), "source='own'"),
-        (lambda: gated("routing_hard", source="next"), "'previous', 'own'; got 'next'"),
+        (lambda: gated("routing_hard", source="next"), "source = 'next'; accepted is one of 'previous', 'own'"),
         (lambda: gated("fixed", layers=(3,)), "layer 3 of 3"),
         (lambda: gated("fixed", model=gated("fixed")[0]), "detach first"),
     ],

@@ -145,13 +145,13 @@ def test_it_learns(options):
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [
-        ({"attention_type": "flash"}, "'vanilla', 'mla'; got 'flash'"),
-        ({"ffn_type": "moe"}, "'block', 'dense'; got 'moe'"),
-        ({"ffn_type": "dense"}, "intermediate_size .* None"),
+        ({"attention_type": "flash"}, "attention_type = 'flash'; accepted is one of 'vanilla', 'mla'"),
+        ({"ffn_type": "moe"}, "ffn_type = 'moe'; accepted is one of 'block', 'dense'"),
+        ({"ffn_type": "dense"}, "intermediate_size = None"),
         ({"num_heads": 5}, "multiple"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"token_dim": 12}, "even"),
-        ({"locality_weight": -1.0}, "at least 0"),
+        ({"locality_weight": -1.0}, "0 or more"),
         ({"norm_after_router": "layer"}, "'rms', 'sum', 'none'"),
     ],
 )

@@ -106,7 +106,7 @@ def test_every_machine_keeps_the_protocol(machines, name):
     state = torch.get_rng_state()
     machine.sample_batch(random(), 7, 9)
     assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
-    with pytest.raises(ValueError, match=f"{name}: length = 0; at least 1 is accepted"):
+    with pytest.raises(ValueError, match=f"{name}: length = 0; accepted is a whole number, at least 1"):
         machine.sample_batch(random(), 7, 0)
 
 
@@ -547,8 +547,8 @@ def test_predictive_automaton_of_the_seeds_machine():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: FSMConfig(num_states=0), "FSMConfig: num_states = 0; at least 1 is accepted"),
-        (lambda: FSMConfig(vocab_size=2), "vocab_size = 2; 3 or more is accepted"),
+        (lambda: FSMConfig(num_states=0), "FSMConfig: num_states = 0; accepted is a whole number"),
+        (lambda: FSMConfig(vocab_size=2), "vocab_size = 2, tokens_per_state = 3; accepted is tokens_per_state or more"),
         (lambda: seeds_machine(vocab_size=23), "FiniteStateMachine: vocab_size = 23; 24 or more is accepted"),
         (lambda: AmbiguousFSM(FSMConfig(num_states=8, vocab_size=24)), "AmbiguousFSM: vocab_size = 24; below 24 is accepted"),
         (lambda: AmbiguousFSM(FSMConfig(num_states=8, vocab_size=4)), "a set of 3 for each of 8 states"),

@@ -5,12 +5,12 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from browser import browser
 
 from nsm_support.crystalline.automata import Automaton, make_machine, modular_counter
 from nsm_support.crystalline.automata.drawing import Pair, automaton_svg, show_stepper, stepper
 from nsm_support.crystalline.automata.extraction import minimise
 from nsm_support.figures import STATIC
+from tests.site.browser import browser
 
 TOMITA7 = make_machine("tomita7")
 WRONG = Automaton(0, torch.tensor([[0, 1], [2, 1], [2, 3], [3, 3]]), torch.tensor([1, 1, 1, 0]))  # takes 0*1*0* for 0*1*0*1*

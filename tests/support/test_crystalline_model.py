@@ -232,8 +232,8 @@ def test_state_dict_brings_codes_and_temperatures_back():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"token_dim": 18, "num_heads": 4}, "token_dim = 18, num_heads = 4; a multiple of 2 num_heads is accepted"),
-        ({"num_layers": 0}, "num_layers = 0; at least 1 is accepted"),
+        ({"token_dim": 18, "num_heads": 4}, "token_dim = 18, num_heads = 4; accepted is token_dim a multiple of 2 · num_heads"),
+        ({"num_layers": 0}, "num_layers = 0; accepted is a whole number"),
         ({"dropout": 1.0}, r"dropout = 1\.0"),
         ({"embedding_std": 0.0}, r"embedding_std = 0\.0"),
     ],

@@ -340,7 +340,7 @@ def test_clusters_have_a_next_state_for_every_token_also_where_no_string_went():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda m: RecurrentConfig(vocab_size=0, output_dim=2), "RecurrentConfig: vocab_size = 0; at least 1"),
+        (lambda m: RecurrentConfig(vocab_size=0, output_dim=2), "RecurrentConfig: vocab_size = 0; accepted is a whole number"),
         (lambda m: CrystallineRecurrent(SMALL, []), "no generator was given"),
         (lambda m: m(strings(3, 2, 4)), r"tokens \[3, 2, 4\]; \[E=2, B, T\]"),
         (lambda m: m(strings(2, 2, 4, 9, seed=1)), "0 to 2, is accepted"),
@@ -348,8 +348,8 @@ def test_clusters_have_a_next_state_for_every_token_also_where_no_string_went():
         (lambda m: m(strings(2, 2, 4), torch.zeros(2, 3, dtype=torch.int64)), r"start \[2, 3\]"),
         (lambda m: m.relaxed(strings(2, 2, 4), strings(2, 2, 4), "likelihood"), r"targets \[2, 2, 4\]; .*T \+ 1=5"),
         (lambda m: m.relaxed(strings(2, 2, 4), strings(2, 2, 5), "hard"), "objective 'hard'; accepted are likelihood, marg"),
-        (lambda m: RecurrentTraining(steps=0), "RecurrentTraining: steps = 0; at least 1"),
-        (lambda m: RecurrentTraining(max_length=1), "max_length = 1; at least min_length, 2"),
+        (lambda m: RecurrentTraining(steps=0), "RecurrentTraining: steps = 0; accepted is a whole number"),
+        (lambda m: RecurrentTraining(max_length=1), "max_length = 1, min_length = 2; accepted is at least min_length"),
         (lambda m: RecurrentTraining(pace=0.0), "pace = 0.0"),
         (lambda m: train(m, make_machine("parity"), randoms(0, 1), RecurrentTraining()), "2 tokens and 2 outputs for 2 mach"),
         (lambda m: study(Study("tomita9", (0,), RecurrentTraining(), 16)), "'tomita9' is no machine"),

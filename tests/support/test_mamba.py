@@ -183,24 +183,24 @@ def test_a_stream_is_not_changed_by_its_use(block):
 def test_what_does_not_fit_is_named():
     block = MambaBlock(8)
     for tokens, message in (
-        (torch.zeros(2, 0, 8), r"at least one token; got \[2, 0, 8\]"),
-        (torch.zeros(2, 3, 9), r"\[B, T, 8\].* got \[2, 3, 9\]"),
-        (torch.zeros(3, 8), r"got \[3, 8\]"),
+        (torch.zeros(2, 0, 8), r"tokens = 0; accepted is a whole number"),
+        (torch.zeros(2, 3, 9), r"MambaBlock: tokens = \[2, 3, 9\]; accepted is \[B, T, D=8\]"),
+        (torch.zeros(3, 8), r"tokens = \[3, 8\]"),
     ):
         with pytest.raises(ValueError, match=message):
             block(tokens)
-    with pytest.raises(ValueError, match=r"\[B, 8\]; got \[2, 1, 8\]"):
+    with pytest.raises(ValueError, match=r"token = \[2, 1, 8\]; accepted is \[B, D=8\]"):
         block.step(torch.zeros(2, 1, 8), block.start(2))
-    with pytest.raises(ValueError, match=r"window has shape \[3, 3, 16\]; here \[2, 3, 16\] fits"):
+    with pytest.raises(ValueError, match=r"stream.window = \[3, 3, 16\]; accepted is \[2, 3, 16\]"):
         block.step(torch.zeros(2, 8), block.start(3))
-    with pytest.raises(ValueError, match=r"state has shape \[2, 16, 4\]; here \[2, 16, 16\] fits"):
+    with pytest.raises(ValueError, match=r"stream.state = \[2, 16, 4\]; accepted is \[2, 16, 16\]"):
         block(torch.zeros(2, 1, 8), MambaBlock(8, state_dim=4).start(2))
     for sizes in ({"token_dim": 0}, {"state_dim": -1}, {"expand": 1.5}, {"conv_width": 0}, {"delta_rank": 0}):
         name, value = next(iter(sizes.items()))
-        with pytest.raises(ValueError, match=f"{name} is a whole number from 1 up; got {value}"):
+        with pytest.raises(ValueError, match=f"{name} = {value}; accepted is a whole number, at least 1"):
             MambaBlock(**{"token_dim": 8} | sizes)
     for sizes in ({"num_heads": 0}, {"chunk": 0}, {"state_dim": True}):
         with pytest.raises(ValueError, match=next(iter(sizes))):
             Mamba2Block(8, **sizes)
-    with pytest.raises(ValueError, match=r"expand · token_dim \(16\) is no multiple of num_heads \(3\)"):
+    with pytest.raises(ValueError, match=r"expand · token_dim = 16; accepted is a multiple of num_heads"):
         Mamba2Block(8, num_heads=3)

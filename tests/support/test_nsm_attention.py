@@ -94,11 +94,11 @@ def test_states_of_another_width_pass_a_projection_the_optimiser_sees():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mix": "both"}, "mix is one of 'gate', 'sum', 'fixed', 'local', 'read'; got 'both'"),
-        ({"alpha": 1.5}, "alpha, the share of the window, lies in 0 … 1; got 1.5"),
-        ({"window": 0}, "window is a whole number of at least 1; got 0"),
-        ({"num_heads": 3}, r"token_dim \(8\) is no multiple of num_heads \(3\)"),
-        ({"num_heads": 8, "rotary": True}, "rotary positions take an even width per head; got 1"),
+        ({"mix": "both"}, "mix = 'both'; accepted is one of 'gate', 'sum', 'fixed', 'local', 'read'"),
+        ({"alpha": 1.5}, "alpha = 1.5; accepted is 0 … 1"),
+        ({"window": 0}, "window = 0; accepted is a whole number, at least 1"),
+        ({"num_heads": 3}, r"token_dim = 8, num_heads = 3; accepted is a multiple of num_heads"),
+        ({"num_heads": 8, "rotary": True}, "num_heads = 8; accepted is an even width per head"),
     ],
 )
 def test_constructor_errors(options, message):

@@ -222,19 +222,19 @@ def test_mean_mass_is_kept_in_training():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"tokens takes shape \[B,T,D=16\], got \[2, 9, 15\]"):
+    with pytest.raises(ValueError, match=r"tokens = \[2, 9, 15\]; accepted is \[B, T, D=16\]"):
         make()(draw(2, 9, 15))
-    with pytest.raises(ValueError, match=r"initial_states takes shape \[B=2,S=5,M=12\], got \[2, 4, 12\]"):
+    with pytest.raises(ValueError, match=r"initial_states = \[2, 4, 12\]; accepted is \[B=2, S=5, M=12\]"):
         make()(draw(2, 9, 16), draw(2, 4, 12))
-    with pytest.raises(ValueError, match=r"initial_states takes shape \[B=2,S=5,M=12\], got \[3, 5, 12\]"):
+    with pytest.raises(ValueError, match=r"initial_states = \[3, 5, 12\]; accepted is \[B=2, S=5, M=12\]"):
         make()(draw(2, 9, 16), draw(3, 5, 12))
-    with pytest.raises(ValueError, match=r"mask takes shape \[B=2,T=9\], got \[2, 8\]"):
+    with pytest.raises(ValueError, match=r"mask = \[2, 8\]; accepted is \[B=2, T=9\]"):
         make()(draw(2, 9, 16), mask=torch.ones(2, 8, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"mask.dtype is one of torch.bool; got torch.float32"):
+    with pytest.raises(ValueError, match=r"mask.dtype = torch.float32; accepted is torch.bool"):
         make()(draw(2, 9, 16), mask=torch.ones(2, 9))
-    with pytest.raises(ValueError, match=r"at least one token; got tokens of shape \[2, 0, 16\]"):
+    with pytest.raises(ValueError, match=r"NSMLayer: number of tokens = 0; accepted is a whole number"):
         make()(draw(2, 0, 16))
-    with pytest.raises(ValueError, match=r"chunk .* is a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"NSMLayer: chunk = 0; accepted is a whole number"):
         make(chunk=0)
     with pytest.raises(ValueError, match="streaming takes a causal layer with states: give chunk"):
         make().start(2)

@@ -200,14 +200,23 @@ def test_the_prototype_notebooks_calls():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"output_dim": 3}, r"give one of input_dim \(vectors\) and vocab_size \(token numbers\); got None and None"),
-        ({"output_dim": 3, "input_dim": 6, "vocab_size": 7}, "got 6 and 7"),
-        ({"input_dim": 6}, "head 'classification' takes output_dim"),
-        ({"vocab_size": 7, "head": "language_model"}, "takes vocab_size and chunk"),
-        ({"input_dim": 6, "output_dim": 3, "head": "regression"}, "head is one of 'classification', 'labelling'"),
-        ({"input_dim": 6, "output_dim": 3, "positions": "learned"}, "learned positions take max_length"),
-        ({"input_dim": 6, "output_dim": 3, "positions": "sine"}, "positions is one of 'rotary', 'learned', 'none'"),
-        ({"input_dim": 6, "output_dim": 3, "num_states": (4, 5, 6)}, r"or one per layer \(2\); got \(4, 5, 6\)"),
+        ({"output_dim": 3}, r"input_dim = None, vocab_size = None; accepted is one of input_dim"),
+        ({"output_dim": 3, "input_dim": 6, "vocab_size": 7}, "input_dim = 6, vocab_size = 7; accepted is one of input_dim"),
+        ({"input_dim": 6}, "head = 'classification', output_dim = None; accepted is output_dim, a number"),
+        ({"vocab_size": 7, "head": "language_model"}, "accepted is vocab_size and a causal model"),
+        (
+            {"input_dim": 6, "output_dim": 3, "head": "regression"},
+            "head = 'regression'; accepted is one of 'classification', 'labelling'",
+        ),
+        ({"input_dim": 6, "output_dim": 3, "positions": "learned"}, "max_length = None; accepted is max_length, a number"),
+        (
+            {"input_dim": 6, "output_dim": 3, "positions": "sine"},
+            "positions = 'sine'; accepted is one of 'rotary', 'learned', 'none'",
+        ),
+        (
+            {"input_dim": 6, "output_dim": 3, "num_states": (4, 5, 6)},
+            r"num_states = \(4, 5, 6\), num_layers = 2; accepted is one number, or one per layer",
+        ),
     ],
 )
 def test_config_errors(options, message):
@@ -219,7 +228,7 @@ def test_call_errors():
     model = make(input_dim=6, output_dim=3, positions="learned", max_length=5)
     with pytest.raises(ValueError, match=r"learned positions end at max_length \(5\); got 6 tokens"):
         model(torch.randn(1, 6, 6))
-    with pytest.raises(ValueError, match=r"inputs takes shape \[B,T,input_dim=6\], got \[1, 5, 7\]"):
+    with pytest.raises(ValueError, match=r"inputs = \[1, 5, 7\]; accepted is \[B, T, input_dim=6\]"):
         model(torch.randn(1, 5, 7))
     with pytest.raises(ValueError, match=r"keep takes one list of indices per layer \(2\); got 1"):
         model.prune([[0]])

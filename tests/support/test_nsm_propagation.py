@@ -113,9 +113,9 @@ def test_states_stay_bounded_for_ever():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="gate_type is one of 'gru', 'lstm'; got 'rnn'"):
+    with pytest.raises(ValueError, match="gate_type = 'rnn'; accepted is one of 'gru', 'lstm'"):
         StatePropagator(8, gate_type="rnn")
-    with pytest.raises(ValueError, match=r"hidden_dim \(10\) is no multiple of num_heads \(4\)"):
+    with pytest.raises(ValueError, match=r"hidden_dim = 10, num_heads = 4; accepted is a multiple of num_heads"):
         StatePropagator(8, hidden_dim=10)
-    with pytest.raises(ValueError, match=r"message takes shape \[B=1,S=4,M=8\], got \[1, 3, 8\]"):
+    with pytest.raises(ValueError, match=r"message = \[1, 3, 8\]; accepted is \[B=1, S=4, M=8\]"):
         StatePropagator(8).double()(draw(1, 4, 8), draw(1, 3, 8))

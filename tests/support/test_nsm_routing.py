@@ -118,11 +118,11 @@ def test_raw_compatibilities_of_the_prototype():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"token_dim": 18}, r"token_dim \(18\) is no multiple of num_heads \(4\)"),
-        ({"top_k": 6}, r"top_k is None or lies in 1 … num_states \(5\); got 6"),
-        ({"top_k": 0}, "top_k is None or lies in 1"),
-        ({"temperature": 0.0}, "temperature is above 0; got 0.0"),
-        ({"num_states": 2.5}, "num_states is a whole number of at least 1; got 2.5"),
+        ({"token_dim": 18}, r"token_dim = 18, num_heads = 4; accepted is a multiple of num_heads"),
+        ({"top_k": 6}, r"top_k = 6; accepted is None or 1 … num_states, 5"),
+        ({"top_k": 0}, "top_k = 0; accepted is None or 1"),
+        ({"temperature": 0.0}, "temperature = 0.0; accepted is above 0"),
+        ({"num_states": 2.5}, "num_states = 2.5; accepted is a whole number, at least 1"),
     ],
 )
 def test_constructor_errors(options, message):
@@ -131,7 +131,7 @@ def test_constructor_errors(options, message):
 
 
 def test_shape_errors(router):
-    with pytest.raises(ValueError, match=r"tokens takes shape \[B,T,D=16\], got \[2, 7, 15\]"):
+    with pytest.raises(ValueError, match=r"tokens = \[2, 7, 15\]; accepted is \[B, T, D=16\]"):
         router(draw(2, 7, 15), draw(2, 5, 12))
-    with pytest.raises(ValueError, match=r"states takes shape \[B=2,S=5,M=12\], got \[3, 5, 12\]"):
+    with pytest.raises(ValueError, match=r"states = \[3, 5, 12\]; accepted is \[B=2, S=5, M=12\]"):
         router(draw(2, 7, 16), draw(3, 5, 12))

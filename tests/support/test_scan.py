@@ -261,15 +261,15 @@ def test_both_scans_agree_where_they_are_the_same_recurrence():
 @pytest.mark.parametrize(
     ("index", "change", "message"),
     [
-        (0, lambda x: x[..., :0], r"at least one token.* u of shape \[2, 5, 0\]"),
-        (0, lambda x: x[0], r"u has shape \[5, 7\]; it takes \[B, C, T\]"),
-        (1, lambda x: x[..., 1:], r"delta has shape \[2, 5, 6\]; it takes \[B = 2, C = 5, T = 7\]"),
-        (2, lambda x: x.mT, r"A has shape \[4, 5\]; it takes \[C = 5, N\]"),
-        (3, lambda x: x.mT, r"B has shape \[2, 7, 4\]; it takes \[B = 2, N = 4, T = 7\]"),
-        (4, lambda x: x[:1], r"C has shape \[1, 4, 7\]"),
-        (5, lambda x: x[:, None], r"D has shape \[5, 1\]; it takes \[C = 5\]"),
-        (6, lambda x: x[..., :1], r"initial_state has shape \[2, 5, 1\]; it takes \[B = 2, C = 5, N = 4\]"),
-        (0, lambda x: x.long(), "real floats; got torch.int64"),
+        (0, lambda x: x[..., :0], r"u = \[2, 5, 0\]; accepted is at least one token"),
+        (0, lambda x: x[0], r"u = \[5, 7\]; accepted is \[B, C, T\]"),
+        (1, lambda x: x[..., 1:], r"delta = \[2, 5, 6\]; accepted is \[B=2, C=5, T=7\]"),
+        (2, lambda x: x.mT, r"A = \[4, 5\]; accepted is \[C=5, N\]"),
+        (3, lambda x: x.mT, r"B = \[2, 7, 4\]; accepted is \[B=2, N=4, T=7\]"),
+        (4, lambda x: x[:1], r"C = \[1, 4, 7\]"),
+        (5, lambda x: x[:, None], r"D = \[5, 1\]; accepted is \[C=5\]"),
+        (6, lambda x: x[..., :1], r"initial_state = \[2, 5, 1\]; accepted is \[B=2, C=5, N=4\]"),
+        (0, lambda x: x.long(), "dtype = torch.int64; accepted is real floats"),
     ],
 )
 def test_what_does_not_fit_the_selective_scan_is_named(index, change, message):
@@ -283,12 +283,12 @@ def test_what_does_not_fit_the_selective_scan_is_named(index, change, message):
     ("index", "change", "message"),
     [
         (0, lambda x: x[:, :0], "at least one token"),
-        (1, lambda x: x.mT, r"delta has shape \[2, 4, 7\]; it takes \[B = 2, T = 7, H = 4\]"),
-        (2, lambda x: x[:, None], r"A has shape \[4, 1\]"),
-        (3, lambda x: x[:, :, None].expand(-1, -1, 3, -1), r"C has shape \[2, 7, 5\]; it takes \[B = 2, T = 7, G = 3, N = 5\]"),
-        (4, lambda x: x[..., 1:], r"C has shape \[2, 7, 1, 4\]"),
-        (5, lambda x: x[1:], r"D has shape \[3\]"),
-        (6, lambda x: x.mT, r"initial_state has shape \[2, 4, 5, 3\]; it takes \[B = 2, H = 4, P = 3, N = 5\]"),
+        (1, lambda x: x.mT, r"delta = \[2, 4, 7\]; accepted is \[B=2, T=7, H=4\]"),
+        (2, lambda x: x[:, None], r"A = \[4, 1\]"),
+        (3, lambda x: x[:, :, None].expand(-1, -1, 3, -1), r"C = \[2, 7, 5\]; accepted is \[B=2, T=7, G=3, N=5\]"),
+        (4, lambda x: x[..., 1:], r"C = \[2, 7, 1, 4\]"),
+        (5, lambda x: x[1:], r"D = \[3\]"),
+        (6, lambda x: x.mT, r"initial_state = \[2, 4, 5, 3\]; accepted is \[B=2, H=4, P=3, N=5\]"),
     ],
 )
 def test_what_does_not_fit_the_ssd_scan_is_named(index, change, message):
@@ -299,8 +299,8 @@ def test_what_does_not_fit_the_ssd_scan_is_named(index, change, message):
 
 
 def test_groups_that_heads_do_not_fill_and_chunks_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="4 heads and 3 groups"):
+    with pytest.raises(ValueError, match="heads = 4, groups = 3; accepted is groups of equal size"):
         run(ssd_scan, ssd_inputs(2, 4, 3, 5, 7, groups=3))
     for chunk in (0, 1.5, True):
-        with pytest.raises(ValueError, match="chunk is a whole number from 1 up"):
+        with pytest.raises(ValueError, match=f"chunk = {chunk}; accepted is a whole number"):
             run(ssd_scan, ssd_inputs(2, 4, 3, 5, 7), chunk=chunk)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsm_support.crystalline.automata.machines import UNDEFINED, Automaton, Machine, check_size
+from nsm_support.checks import check_sizes
+from nsm_support.crystalline.automata.machines import UNDEFINED, Automaton, Machine
 from nsm_support.crystalline.automata.transducers import Transducer
 from nsm_support.tasks import Control
 
@@ -111,7 +112,7 @@ def optimum(machine: Machine, length: int) -> Optimum:
     Raises:
         ValueError: for a length below 1, or a machine with too many beliefs (see `beliefs`).
     """
-    check_size("optimum", length=length)
+    check_sizes("optimum", length=length)
     found = beliefs(machine, length)
     best, nats = found.prediction.max(1).values, torch.special.entr(found.prediction).sum(1)
     source, token = (found.transition != UNDEFINED).nonzero(as_tuple=True)

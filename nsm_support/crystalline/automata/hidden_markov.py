@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from nsm_support.crystalline.automata.machines import UNDEFINED, Machine, Process, Sample, check_size
+from nsm_support.checks import check, check_sizes
+from nsm_support.crystalline.automata.machines import UNDEFINED, Machine, Process, Sample
 
 
 class HiddenMarkovModel(Machine):
@@ -36,7 +37,7 @@ class HiddenMarkovModel(Machine):
         return self._process
 
     def sample_batch(self, generator, batch_size, length):
-        check_size(self.name, batch_size=batch_size, length=length)
+        check_sizes(self.name, batch_size=batch_size, length=length)
         tokens, states, _ = self._process.walk(generator, batch_size, length + 1)
         return Sample(tokens[:, :-1], tokens[:, 1:], states[:, :-1])
 
@@ -54,12 +55,8 @@ class FSMConfig:
     seed: int = 42  #: of the table that decides the next state, and of which tokens a state has
 
     def __post_init__(self) -> None:
-        sizes = {"num_states": self.num_states, "tokens_per_state": self.tokens_per_state, "vocab_size": self.vocab_size}
-        check_size("FSMConfig", **sizes)
-        if self.vocab_size < self.tokens_per_state:
-            raise ValueError(
-                f"FSMConfig: vocab_size = {self.vocab_size}; {self.tokens_per_state} or more is accepted, the tokens of one state"
-            )
+        check_sizes(self, "num_states", "tokens_per_state", "vocab_size")
+        check(self, self.vocab_size >= self.tokens_per_state, "tokens_per_state or more", "vocab_size", "tokens_per_state")
 
 
 class TableMachine(HiddenMarkovModel):
@@ -170,7 +167,7 @@ class TokFSM(HiddenMarkovModel):
     """
 
     def __init__(self, *, num_nodes: int = 100, num_edges: int = 10, base: int = 10, seed: int = 42):
-        check_size("TokFSM", num_nodes=num_nodes, num_edges=num_edges)
+        check_sizes("TokFSM", num_nodes=num_nodes, num_edges=num_edges)
         if base < 2:
             raise ValueError(f"TokFSM: base = {base}; 2 or more is accepted")
         if num_edges > num_nodes:

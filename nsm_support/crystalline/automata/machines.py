@@ -9,6 +9,8 @@ import torch
 from torch import Generator as Random
 from torch import Tensor
 
+from nsm_support.checks import check_sizes
+
 UNDEFINED = -1  #: the next state where an automaton has none
 UNASKED = -1  #: the output of an automaton's start, if nothing is asked before the first token
 
@@ -27,13 +29,6 @@ class Automaton(NamedTuple):
     start: int
     transition: Tensor  # (S, V) int64: the next state, UNDEFINED where there is none
     output: Tensor  # (S,) int64: class of the state; UNASKED is for a start that no string leads back to
-
-
-def check_size(caller: str, **sizes: int) -> None:
-    """Raises ValueError naming a size that is below 1."""
-    for size, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{caller}: {size} = {value}; at least 1 is accepted")
 
 
 def _cumulative(probability: Tensor) -> Tensor:
@@ -99,7 +94,7 @@ class Process:
 
         All randomness comes from the generator; None is torch's global one.
         """
-        check_size("walk", batch_size=batch_size, length=length)
+        check_sizes("walk", batch_size=batch_size, length=length)
         drawn = torch.rand(length + 1, batch_size, 1, dtype=torch.float64, generator=generator)
         state, edges = (self._start <= drawn[0]).sum(1), []
         for level in drawn[1:]:

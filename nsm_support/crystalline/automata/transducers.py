@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from nsm_support.crystalline.automata.machines import Machine, Process, Sample, check_size
+from nsm_support.checks import check_sizes
+from nsm_support.crystalline.automata.machines import Machine, Process, Sample
 from nsm_support.tasks import WordProblem
 
 CLOSED_SHARE = 1 / 3
@@ -50,7 +51,7 @@ class Transducer(Machine):
         return self.process(length).probability.view(self.num_states, self.vocab_size)
 
     def process(self, length):
-        check_size(self.name, length=length)
+        check_sizes(self.name, length=length)
         if length not in self._processes:
             self._processes[length] = self._balanced(length)
         return self._processes[length]
@@ -87,7 +88,7 @@ class Transducer(Machine):
         return self._weighted(leaving, math.exp(high))
 
     def sample_batch(self, generator, batch_size, length):
-        check_size(self.name, batch_size=batch_size, length=length)
+        check_sizes(self.name, batch_size=batch_size, length=length)
         tokens, _, states = self.process(length).walk(generator, batch_size, length)
         return Sample(tokens, self.output[states], states)
 

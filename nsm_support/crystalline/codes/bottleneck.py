@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsm_support.checks import check, check_shape, check_sizes
 from nsm_support.crystalline.codes.schedules import Schedule, check_schedule
 
 DECAY = 0.9  #: what a code keeps of itself in an update; the rest is the mean of the inputs nearest to it
@@ -78,19 +79,10 @@ class BottleneckConfig:
     lay_every: int = 100  #: training passes after which dead codes are laid anew; before the first time there are none
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_codes_k <= self.codebook_size:
-            raise ValueError(
-                f"BottleneckConfig: num_codes_k = {self.num_codes_k!r}, codebook_size = "
-                f"{self.codebook_size!r}; 1 … codebook_size is accepted"
-            )
-        for name, holds, accepted in (
-            ("temp_init", self.temp_init >= 0, "0 or more"),
-            ("temp_min", self.temp_min >= 0, "0 or more"),
-            ("scale_init", self.scale_init > 0, "above 0"),
-            ("lay_every", self.lay_every >= 1, "1 or more"),
-        ):
-            if not holds:
-                raise ValueError(f"BottleneckConfig: {name} = {getattr(self, name)!r}; {accepted} is accepted")
+        check_sizes(self, "num_codes_k", "codebook_size", "lay_every")
+        check(self, self.num_codes_k <= self.codebook_size, "1 … codebook_size", "num_codes_k", "codebook_size")
+        check(self, self.temp_init >= 0 and self.temp_min >= 0, "0 or more", "temp_init", "temp_min")
+        check(self, self.scale_init > 0, "above 0", "scale_init")
         check_schedule(self.schedule, self.temp_init, self.temp_min)
 
 
@@ -138,8 +130,7 @@ class Bottleneck(nn.Module):
         Raises:
             ValueError: if the last axis is not D.
         """
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"Bottleneck: x takes shape [..., D={self.dim}], got {list(x.shape)}")
+        check_shape(self, "x", x, "... D", D=self.dim)
         flat, k, K = x.flatten(0, -2), self.config.num_codes_k, self.config.codebook_size
         if self.training:
             self._lay(flat)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsm_support.checks import check, check_choice, check_sizes
 from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig
 from nsm_support.crystalline.codes.schedules import temperature_at
 from nsm_support.mixers.rotary import rotate
@@ -39,18 +40,11 @@ class CrystallineConfig:
     embedding_std: float = 1.0  #: of the token vectors at the start: the smaller, the sooner tokens of one use come together
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "token_dim", "num_layers", "num_heads", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"CrystallineConfig: {name} = {getattr(self, name)!r}; at least 1 is accepted")
-        if self.token_dim % (2 * self.num_heads):
-            sizes = f"token_dim = {self.token_dim}, num_heads = {self.num_heads}"
-            raise ValueError(f"CrystallineConfig: {sizes}; a multiple of 2 num_heads is accepted")
-        if self.positions not in POSITIONS:
-            accepted = " or ".join(map(repr, POSITIONS))
-            raise ValueError(f"CrystallineConfig: positions = {self.positions!r}; {accepted} is accepted")
-        if not 0 <= self.dropout < 1 or not self.embedding_std > 0:
-            sizes = f"dropout = {self.dropout!r}, embedding_std = {self.embedding_std!r}"
-            raise ValueError(f"CrystallineConfig: {sizes}; 0 to below 1, and above 0, are accepted")
+        check_sizes(self, "vocab_size", "token_dim", "num_layers", "num_heads", "max_length")
+        check(self, not self.token_dim % (2 * self.num_heads), "token_dim a multiple of 2 · num_heads", "token_dim", "num_heads")
+        check_choice(self, POSITIONS, "positions")
+        check(self, 0 <= self.dropout < 1, "0 to below 1", "dropout")
+        check(self, self.embedding_std > 0, "above 0", "embedding_std")
 
 
 class ModelConfig(CrystallineConfig):

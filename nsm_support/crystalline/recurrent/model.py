@@ -16,13 +16,14 @@ K codes, D width, H hidden units, C classes of the output.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from nsm_support.checks import check, check_sizes
 from nsm_support.crystalline.automata import Automaton
 from nsm_support.crystalline.codes.bottleneck import straight_through
 
@@ -50,9 +51,8 @@ class RecurrentConfig:
     scale_init: float = 5.0  #: s at the start, the sharpness of the choice; it is learned
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not value >= 1:
-                raise ValueError(f"RecurrentConfig: {name} = {value!r}; at least 1 is accepted")
+        check_sizes(self, "vocab_size", "output_dim", "num_codes", "dim", "hidden")
+        check(self, self.scale_init >= 1, "at least 1", "scale_init")
 
 
 class Run(NamedTuple):

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Adam
 
+from nsm_support.checks import check, check_sizes
 from nsm_support.crystalline.automata import Automaton, Transducer
 from nsm_support.crystalline.recurrent.model import START, CrystallineRecurrent, Objective
 from nsm_support.training import TrainingConfig, learning_rate_at
@@ -42,18 +43,10 @@ class RecurrentTraining:
     record_every: int = 50  #: updates from one record of the history to the next
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "min_length", "record_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"RecurrentTraining: {name} = {getattr(self, name)!r}; at least 1 is accepted")
-        if self.max_length < self.min_length:
-            raise ValueError(
-                f"RecurrentTraining: max_length = {self.max_length!r}; at least min_length, {self.min_length}, is accepted"
-            )
-        if not (self.pace > 0 and self.learning_rate > 0 and self.revive_every >= 0):
-            raise ValueError(
-                f"RecurrentTraining: pace = {self.pace!r}, learning_rate = {self.learning_rate!r}, revive_every "
-                f"= {self.revive_every!r}; above 0, above 0 and at least 0 are accepted"
-            )
+        check_sizes(self, "steps", "batch_size", "min_length", "record_every")
+        check(self, self.max_length >= self.min_length, "at least min_length", "max_length", "min_length")
+        check(self, self.pace > 0 and self.learning_rate > 0, "above 0", "pace", "learning_rate")
+        check(self, self.revive_every >= 0, "0 or more", "revive_every")
 
 
 class History(NamedTuple):
