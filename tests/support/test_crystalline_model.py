@@ -112,7 +112,7 @@ def test_dropout_falls_on_what_enters_the_bottlenecks():
 
 
 def test_positions_of_another_name_are_refused():
-    with pytest.raises(ValueError, match=r"'sine'.*'rotary' or 'learned'"):
+    with pytest.raises(ValueError, match=r"'sine'; accepted is one of 'rotary', 'learned'"):
         build(positions="sine")
 
 

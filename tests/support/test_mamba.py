@@ -202,5 +202,5 @@ def test_what_does_not_fit_is_named():
     for sizes in ({"num_heads": 0}, {"chunk": 0}, {"state_dim": True}):
         with pytest.raises(ValueError, match=next(iter(sizes))):
             Mamba2Block(8, **sizes)
-    with pytest.raises(ValueError, match=r"expand · token_dim = 16; accepted is a multiple of num_heads"):
+    with pytest.raises(ValueError, match=r"channels = 16, num_heads = 3; accepted is expand · token_dim a multiple of num_heads"):
         Mamba2Block(8, num_heads=3)
