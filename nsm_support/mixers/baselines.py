@@ -170,13 +170,8 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, token_dim: int, num_heads: int, causal: bool, ffn_multiple: int = 4):
         super().__init__()
-        check(
-            self,
-            not token_dim % (2 * num_heads),
-            "token_dim a multiple of 2 · num_heads",
-            token_dim=token_dim,
-            num_heads=num_heads,
-        )
+        even = not token_dim % (2 * num_heads)
+        check(self, even, "token_dim a multiple of 2 · num_heads", token_dim=token_dim, num_heads=num_heads)
         self.num_heads, self.causal = num_heads, causal
         self.norm, self.ffn_norm = nn.LayerNorm(token_dim), nn.LayerNorm(token_dim)
         self.qkv, self.out = nn.Linear(token_dim, 3 * token_dim, bias=False), nn.Linear(token_dim, token_dim)
