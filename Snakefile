@@ -4,11 +4,11 @@ import math
 import shlex
 import sys
 
-from nsm_book import collect, fingerprint, pages, stage, sweep
+from nsm_book import collect, fingerprint, schema, stage, sweep
 
 PROFILE = config.get("profile", "quick")
 COMMAND = f"{shlex.quote(sys.executable)} -m nsm_book.cli".replace("{", "{{").replace("}", "}}")
-RUNS = {name: page.run(PROFILE).relative_to(pages.ROOT) for name, page in pages.pages().items()}
+RUNS = {name: page.run_file(PROFILE).relative_to(schema.ROOT) for name, page in schema.pages().items()}
 
 if workflow.is_main_process:
     fingerprint.set_aside_stale(PROFILE)
@@ -30,7 +30,7 @@ rule book:  # names every run: Snakemake does not miss a file that only stands b
     default_target: True
 
 
-for name, page in pages.pages().items():
+for name, page in schema.pages().items():
 
     rule:
         name:
@@ -63,7 +63,7 @@ rule site:
 if "plan" in config:  # a path, because Snakemake reads a sweep named `true` or `007` as something else
     FOLDER, NAME = config["plan"].rpartition("/")[0], config["plan"].split("/")[-2]
     PLAN = sweep.read_plan(NAME)
-    PAGE = pages.page(PLAN["page"])
+    PAGE = schema.page(PLAN["page"])
 
     rule sweep:
         input:

@@ -16,9 +16,9 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nsm_book import ROOT, BookError, claims, collect, execute, stage, swept
+from nsm_book import ROOT, BookError, collect, execute, stage, swept
 from nsm_book.fingerprint import record, stale_pages
-from nsm_book.pages import BUILD, pages, parameters, profile_parameters
+from nsm_book.schema import BUILD, claims, pages, parameters, profile_parameters
 
 SITE_SECONDS = 20.0  # what rendering is expected to take before it was ever measured
 
@@ -251,7 +251,7 @@ def build(profile: str, cores: int, console: Console) -> Path:
         BookError: with each page that failed, its cell and its traceback. The site stays as it was.
     """
     # Whatever can be refused is refused now, before anything runs.
-    claims.check()
+    claims()
     for entry in pages().values():
         parameters(entry)
         profile_parameters(entry, profile)
@@ -278,7 +278,7 @@ def build(profile: str, cores: int, console: Console) -> Path:
         if states.get("site", {}).get("state") == "done":
             known["site"] = states["site"]["seconds"]
         for entry in pages().values():
-            known[entry.name] = record(entry.run(profile)).get("seconds", known.get(entry.name, entry.budget[profile]))
+            known[entry.name] = record(entry.run_file(profile)).get("seconds", known.get(entry.name, entry.budget[profile]))
         if code:
             shown = "\n\n".join([*failed, *last_words(code, log, failed)])
             raise BookError(f"{shown}\n\nThe site was left as it was. Snakemake's own log: {log}")

@@ -58,13 +58,13 @@ def build(profile, cores):
 @click.option("--profile", type=PROFILES, default="full", show_default=True, help="The values of all other parameters.")
 def run(page, given, folder, profile):
     """Run one page with other parameters."""
-    from nsm_book import pages
+    from nsm_book import schema
     from nsm_book.execute import rerun
 
     twice = {name for name, _ in given if [other for other, _ in given].count(name) > 1}
     if twice:
-        raise BookError(f"{pages.page(page).name}: parameter {pages.brief(min(twice))} is given more than once")
-    place = rerun(pages.page(page), dict(given), profile, folder)
+        raise BookError(f"{schema.page(page).name}: parameter {schema.brief(min(twice))} is given more than once")
+    place = rerun(schema.page(page), dict(given), profile, folder)
     click.echo(f"{place / 'run.ipynb'}\n{place / 'results.json'}")
 
 
@@ -120,11 +120,11 @@ def params(page):
     from rich.console import Console
     from rich.table import Table
 
-    from nsm_book import pages
+    from nsm_book import schema
 
-    for entry in [pages.page(page)] if page else pages.pages().values():
+    for entry in [schema.page(page)] if page else schema.pages().values():
         table = Table("name", "type", "default", "meaning", title=entry.name, title_justify="left", box=None)
-        for p in pages.parameters(entry).values():
+        for p in schema.parameters(entry).values():
             table.add_row(p.name, p.type.replace("[", "\\["), repr(p.default).replace("[", "\\["), p.meaning)
         Console().print(table, "")
 
@@ -134,9 +134,9 @@ def params(page):
 @PROFILE
 def why(page, profile):
     """Say why a page would run again."""
-    from nsm_book import fingerprint, pages
+    from nsm_book import fingerprint, schema
 
-    entry = pages.page(page)
+    entry = schema.page(page)
     reasons = fingerprint.differences(entry, profile)
     click.echo(
         "\n".join(f"{entry.name} would run again: {reason}" for reason in reasons)
@@ -173,10 +173,10 @@ def step(function):
 @step
 def execute(profile, page):
     """Bring one page of a profile up to date (a step of the build)."""
-    from nsm_book import pages
+    from nsm_book import schema
     from nsm_book.execute import execute
 
-    return execute(pages.page(page), profile)
+    return execute(schema.page(page), profile)
 
 
 @main.command(hidden=True)
@@ -198,10 +198,10 @@ def site(profile):
     """Read all runs of a profile back into one table, and render the site (a step of the build)."""
     import time
 
-    from nsm_book import collect, pages, stage
+    from nsm_book import collect, schema, stage
 
     began = time.perf_counter()
-    records = collect.write([entry.run(profile) for entry in pages.pages().values()], stage.results(profile, "json"))
+    records = collect.write([entry.run_file(profile) for entry in schema.pages().values()], stage.results(profile, "json"))
     collect.write_table(records, stage.results(profile, "parquet"))
     stage.publish(profile)
     values = sum(len(run["values"]) for run in records)

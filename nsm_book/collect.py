@@ -11,7 +11,7 @@ import nbformat
 
 from nsm_book.fingerprint import checksum, digest, record
 from nsm_book.gate import glued
-from nsm_book.pages import BUILD, pages
+from nsm_book.schema import BUILD, pages
 
 PROVENANCE = ("page", "profile", "seconds", "peak_memory_mb", "seed", "device", "commit", "date", "python", "platform")
 
@@ -83,7 +83,7 @@ def write_table(records: list[dict[str, Any]], target: Path) -> None:
 
 def drop_damaged(profile: str) -> None:
     """Take a profile's tables and its site away if they do not say what the runs say, so that they are made again."""
-    runs = [page.run(profile) for page in pages().values()]
+    runs = [page.run_file(profile) for page in pages().values()]
     tables = [BUILD / "results" / profile / f"results.{kind}" for kind in ("json", "parquet")]
     card = BUILD / "sites" / f"{profile}.json"
     if not all(map(record, runs)):

@@ -4,8 +4,8 @@ import html
 
 from nsm_book.markup import Cell, folded, raw, table
 from nsm_book.series import Choice, choices, measured, measures, point, settings, told, told_apart, value_of, varied
+from nsm_book.sweep_table import sweeps
 from nsm_book.swept import MOST_RUNS, Row, Swept, read_all
-from nsm_book.table import sweeps
 
 MOST_FRAMES = 4_000  # choices of parameters times measures
 MOST_POINTS = 50_000  # of all frames together

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from nsm_book import BookError
 from nsm_book.fingerprint import checksum
-from nsm_book.pages import BUILD, PROFILES, unknown
-from nsm_book.table import sweeps
+from nsm_book.schema import BUILD, PROFILES, unknown
+from nsm_book.sweep_table import sweeps
 
 ACCEPTED = "a profile, a sweep, a results.json, a .parquet file that this book wrote, or a folder of runs"
 FOLLOWS = ("_verdict", "_reason", "_low", "_high", "_n")  # parts of an answer or of an estimate, told with it

@@ -23,7 +23,7 @@ from typing import Any
 from nsm_book import ROOT, BookError, gate
 from nsm_book.fingerprint import differences, digest, fingerprint, module_file, product, record, sealed, set_aside, stale_makers
 from nsm_book.markup import plain
-from nsm_book.pages import BOOK, BUILD, Page, check, pages, parameters, profile_parameters, read
+from nsm_book.schema import BOOK, BUILD, Page, check_parameters, pages, parameters, profile_parameters, read_notebook
 
 VERSIONS = ("torch", "numpy", "scipy", "matplotlib", "plotly", "papermill", "jupyter-book")
 SOCKETS = "/tmp"  # instead of a TMPDIR whose path is too long: a socket's has 103 bytes at most
@@ -170,7 +170,7 @@ def run_page(
         os.environ.update(environment(needs, made))
         with contextlib.suppress(OSError):  # a checkout that is not to be written; then IPython takes a folder of its own
             Path(os.environ["IPYTHONDIR"]).mkdir(parents=True, exist_ok=True)
-        notebook = read(page)
+        notebook = read_notebook(page)
         notebook.metadata.pop("jupytext", None)
         jupytext.write(notebook, source)
         # An error stays in the notebook, where the gate finds it; a dead kernel leaves none.
@@ -238,13 +238,13 @@ def run_page(
 
 def execute(page: Page, profile: str) -> str:
     """Bring one page of a profile up to date; return one line saying what was done."""
-    if record(page.run(profile)) and not differences(page, profile):
-        page.run(profile).touch()
+    if record(page.run_file(profile)) and not differences(page, profile):
+        page.run_file(profile).touch()
         return f"{page.name}: unchanged"
     store = product("", profile)
-    run_page(page, profile, profile_parameters(page, profile), page.run(profile), needs=store, makes=store)
+    run_page(page, profile, profile_parameters(page, profile), page.run_file(profile), needs=store, makes=store)
     set_aside(page, profile).unlink(missing_ok=True)
-    seconds = record(page.run(profile))["seconds"]
+    seconds = record(page.run_file(profile))["seconds"]
     over = seconds > page.budget[profile]
     return f"{page.name}: {seconds:.1f} s" + (f", over its budget of {page.budget[profile]:g} s" if over else "")
 
@@ -271,7 +271,7 @@ def rerun(page: Page, given: dict[str, Any], profile: str, folder: Path) -> Path
     Raises:
         BookError: as `run_page`, or if what the page needs of other pages is not what these would make today.
     """
-    checked = check(page, given)
+    checked = check_parameters(page, given)
     for maker in stale_makers(page, profile):
         raise BookError(
             f"{page.name}: needs {', '.join(page.needs)}, and {maker.name} has to run for that: "
@@ -301,7 +301,7 @@ def run_into(place: Path, page: Page, profile: str, given: dict[str, Any]) -> No
 
 def clean_leftovers(profile: str) -> None:
     """Remove what killed and failed runs, and pages that are gone, left behind. Only for whoever holds the build's lock."""
-    kept = {path for page in pages().values() for path in (page.run(profile), set_aside(page, profile))}
+    kept = {path for page in pages().values() for path in (page.run_file(profile), set_aside(page, profile))}
     for left in [*(BUILD / "runs" / profile).rglob("*")]:
         if left.is_dir() and left.name.startswith("."):
             shutil.rmtree(left, ignore_errors=True)

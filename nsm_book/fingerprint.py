@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nsm_book import ROOT
-from nsm_book.pages import BUILD, Page, pages, profile_parameters, read, read_yaml
+from nsm_book.schema import BUILD, Page, claims_of, pages, profile_parameters, read_notebook
 
 PINS = ("requirements.txt", "constraints.txt")
 
@@ -65,7 +65,7 @@ def module_file(module: str) -> Path:
 
 def page_code(page: Page) -> list[str]:
     """The code cells of a page."""
-    return [cell.source for cell in read(page).cells if cell.cell_type == "code"]
+    return [cell.source for cell in read_notebook(page).cells if cell.cell_type == "code"]
 
 
 @cache
@@ -98,7 +98,7 @@ def fingerprint(page: Page, profile: str, parameters: dict[str, Any] | None = No
         parameters: what the run is given; by default what the profile gives.
     """
     given = profile_parameters(page, profile) if parameters is None else parameters
-    claims = [entry for entry in read_yaml("claims.yml") if entry["page"] == page.name]
+    claims = [claim.model_dump() for claim in claims_of(page.name)]
     return {
         "source": digest(page.source),
         "parameters": json.loads(json.dumps(given)),
@@ -143,7 +143,7 @@ def differences(page: Page, profile: str, remade: frozenset[str] = frozenset()) 
     Args:
         remade: products that are about to be made again, and so say nothing yet.
     """
-    last = record(page.run(profile)) or record(set_aside(page, profile))
+    last = record(page.run_file(profile)) or record(set_aside(page, profile))
     if not last:
         return ["it has not run in this profile"]
     old, new = last["fingerprint"], fingerprint(page, profile)
@@ -175,7 +175,7 @@ def differences(page: Page, profile: str, remade: frozenset[str] = frozenset()) 
 
 def set_aside(page: Page, profile: str) -> Path:
     """Where the last run lies once it is no longer today's."""
-    return page.run(profile).with_suffix(".stale.ipynb")
+    return page.run_file(profile).with_suffix(".stale.ipynb")
 
 
 def stale_pages(profile: str) -> list[Page]:
@@ -218,7 +218,7 @@ def set_aside_stale(profile: str) -> None:
     """
     stale = stale_pages(profile)
     for page in pages().values():
-        run, aside = page.run(profile), set_aside(page, profile)
+        run, aside = page.run_file(profile), set_aside(page, profile)
         if page in stale and run.exists():
             run.replace(aside)
         elif page not in stale and not record(run):

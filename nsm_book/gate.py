@@ -2,12 +2,12 @@
 
 import html
 import re
+from typing import Any
 
 import nbformat
 
-from nsm_book import claims
-from nsm_book.pages import Page, brief
-from nsm_support.results import GLUE_MIME
+from nsm_book.schema import Page, brief, claims_of
+from nsm_support.results import GLUE_MIME, verdict
 
 GLUE_ROLE = re.compile(r"\{glue:\w*\}`([^`:]+)(?::[^`]*)?`")
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -182,7 +182,40 @@ def problems(notebook: nbformat.NotebookNode, page: Page, prose: bool = True) ->
     if prose and not found:
         texts = [SHOWN_CODE.sub("", prose_of(cell.source)) for cell in cells if cell.cell_type == "markdown"]
         said = {key for text in texts for key in GLUE_ROLE.findall(text)}
-        found = claims.unanswered(page.name, keys, said)
+        found = unanswered(page.name, keys, said)
     if notebook.metadata.get("papermill", {}).get("exception") and not found:
         found.append(f"{page.name}: papermill reports an exception that no cell shows")
+    return found
+
+
+def answer_keys(id: str) -> dict[str, str]:
+    """Under which names a run glues its answer to a claim."""
+    return {"estimate": id, **{field: f"{id}_{field}" for field in ("low", "high", "n", "verdict")}}
+
+
+def unanswered(page: str, values: dict[str, dict[str, Any]], said: set[str]) -> list[str]:
+    """What keeps a page's run from the ledger: a claim that it does not answer, not by its rule, or not in its prose.
+
+    Args:
+        values: what the run glued, `{name: {"value": …}}`.
+        said: the names that its prose speaks.
+    """
+    found = []
+    for claim in claims_of(page):
+        name = claim.id
+        try:
+            answer = {field: values[key]["value"] for field, key in answer_keys(name).items()}
+        except KeyError as error:
+            found.append(f"{page}: does not answer {name!r} of book/claims.yml: no cell glues {error}")
+            continue
+        word = answer.pop("verdict")
+        try:
+            right = verdict(claim.rule.model_dump(), **answer)
+        except (ValueError, TypeError) as error:
+            found.append(f"{page}: its answer to {name!r} of book/claims.yml: {error}")
+            continue
+        if word != right:
+            found.append(f"{page}: {name}_verdict is {word!r}, and the rule in book/claims.yml says {right!r}")
+        if f"{name}_verdict" not in said:
+            found.append(f"{page}: no sentence says how {name!r} came out: accepts {{glue:text}}`{name}_verdict`")
     return found

@@ -6,9 +6,10 @@ from typing import Any
 
 import nbformat
 
-from nsm_book import BookError, claims
+from nsm_book import BookError
+from nsm_book.gate import answer_keys
 from nsm_book.markup import Cell, linked, number, raw
-from nsm_book.pages import page, pages, read
+from nsm_book.schema import claims, page, pages, title
 from nsm_support.results import RULE, Claim, in_words, reason, verdict
 
 NAME = "results/claims"
@@ -65,10 +66,11 @@ def answers(records: dict[str, dict[str, Any]]) -> list[tuple[dict[str, Any], Cl
         BookError: with every claim that its page did not answer, or did not answer by its rule.
     """
     found, wrong = [], []
-    for entry in claims.check():
+    for asked in claims():
+        entry = asked.model_dump()
         id, rule = entry["id"], entry["rule"]
         values = records.get(entry["page"], {}).get("values", {})
-        given = {field: values.get(key, {}).get("value") for field, key in claims.answer_keys(id).items()}
+        given = {field: values.get(key, {}).get("value") for field, key in answer_keys(id).items()}
         word = given.pop("verdict")
         if None in given.values() or word is None:
             wrong.append(f"{NAME}: {id}: {entry['page']} did not answer it")
@@ -121,11 +123,6 @@ def strip(rule: dict[str, Any], answer: Claim) -> str:
     )
 
 
-def title(name: str) -> str:
-    """The title of a page, as its source has it."""
-    return read(page(name)).cells[0].source.splitlines()[0].lstrip("# ")
-
-
 def rule_words(rule: dict[str, Any]) -> str:
     return f"supported if {in_words(rule['supported'])}, refuted if {in_words(rule['refuted'])}; n at least {rule['min_n']}"
 
@@ -146,7 +143,7 @@ def picture(parts: dict[str, list[tuple[dict[str, Any], Claim]]]) -> str:
     """All claims at one glance: verdict, dot and interval, question."""
     rows = []
     for name, part in parts.items():
-        rows.append(f'<p class="nsm-part">{html.escape(re.sub(r"[`*$]", "", title(name)))}</p>')
+        rows.append(f'<p class="nsm-part">{html.escape(re.sub(r"[`*$]", "", title(page(name))))}</p>')
         rows += [
             f'<p class="nsm-claim"><span>{answer.verdict}</span>{strip(entry["rule"], answer)}'
             f'<a href="#{answer.id}">{html.escape(entry["question"])}</a></p>'
@@ -191,7 +188,7 @@ def ledger_page(records: dict[str, dict[str, Any]], order: list[str]) -> str:
     for name, part in parts.items():
         told = "".join(told_answer(entry, answer) for entry, answer in part)
         lines += [
-            f"## {title(name)}",
+            f"## {title(page(name))}",
             "",
             f"From [](../{name}.md); each question leads to the section that answers it.",
             "",

@@ -1,7 +1,7 @@
 """`reference/parameters`: every parameter of every page, and what the quick profile makes of it."""
 
 from nsm_book.markup import raw, table
-from nsm_book.pages import pages, parameters, profile_parameters, read
+from nsm_book.schema import pages, parameters, profile_parameters, title
 
 
 def parameter_page() -> str:
@@ -16,13 +16,12 @@ def parameter_page() -> str:
     ]
     for entry in pages().values():
         quick = profile_parameters(entry, "quick")
-        title = read(entry).cells[0].source.splitlines()[0].lstrip("# ")
         rows = [
             [p.name, p.type, repr(p.default), repr(quick[p.name]) if p.name in quick else "–", p.meaning]
             for p in parameters(entry).values()
         ]
         lines += [
-            f"## {title}",
+            f"## {title(entry)}",
             "",
             f"`nsm-book run {entry.name}`",
             "",

@@ -6,7 +6,7 @@ from typing import Any
 
 from nsm_book.fingerprint import digest
 from nsm_book.markup import Cell, folded, number, raw, table
-from nsm_book.pages import BUILD, page
+from nsm_book.schema import BUILD, page
 from nsm_book.series import told_apart, value_of
 from nsm_book.swept import MOST_RUNS, Swept, read_all, software
 

@@ -138,7 +138,8 @@ def validate(model: type[Model], given: Any, where: str) -> Model:
         return model.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    place = ": ".join([where, *(one_line(f"entry {part + 1}" if isinstance(part, int) else part) for part in first["loc"])])
+    inside = first["loc"][:-2] if first["loc"][-1:] == ("[key]",) else first["loc"]
+    place = ": ".join([where, *(one_line(f"entry {part + 1}" if isinstance(part, int) else part) for part in inside)])
     if first["type"] == "value_error":  # raised by this module: it says what was given
         raise BookError(f"{place}: {first['ctx']['error']}")
     given = "nothing" if first["type"] == "missing" else brief(first["input"])
@@ -165,7 +166,7 @@ class Page(Entry):
     """
 
     name: Annotated[str, Field(pattern=r"^[\w-]+(/[\w-]+)*$")]
-    budget: Annotated[dict[Profile, Annotated[int | float, Field(gt=0)]], AfterValidator(_all_profiles)]
+    budget: Annotated[dict[Profile, Annotated[float, Field(gt=0)]], AfterValidator(_all_profiles)]
     memory: Count
     cores: Count = 1
     needs: Products = ()

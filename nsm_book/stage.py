@@ -15,10 +15,10 @@ from typing import Any
 import nbformat
 import yaml
 
-from nsm_book import ROOT, BookError, claims, collect, compare, gate, ledger, reference, runs, swept
+from nsm_book import ROOT, BookError, collect, compare, gate, ledger, reference, runs, swept
 from nsm_book.fingerprint import differences, digest, record
 from nsm_book.markup import plain
-from nsm_book.pages import BOOK, BUILD, Page, page, pages, read_yaml, unknown
+from nsm_book.schema import BOOK, BUILD, Page, claims, claims_of, page, pages, unknown
 from nsm_support.figures import STATIC
 
 SITE = BUILD / "html"
@@ -123,7 +123,7 @@ def stage_page(entry: Page, profile: str, folder: Path) -> None:
     Raises:
         BookError: with every reason against it.
     """
-    path = entry.run(profile)
+    path = entry.run_file(profile)
     found = [
         f"{entry.name}: the run at {path.relative_to(ROOT)} is not today's: {difference}"
         for difference in differences(entry, profile)
@@ -140,7 +140,7 @@ def stage_page(entry: Page, profile: str, folder: Path) -> None:
             cell.source = linked(cell.source, entry.name)
     first = notebook.cells[0]
     first.source = with_banner(first.source, profile)
-    ledger.anchored(notebook, [claim["id"] for claim in read_yaml("claims.yml") if claim["page"] == entry.name])
+    ledger.anchored(notebook, [claim.id for claim in claims_of(entry.name)])
     write_if_changed(folder / f"{entry.name}.ipynb", nbformat.writes(notebook) + "\n")
 
 
@@ -150,7 +150,7 @@ def stage(profile: str) -> Path:
     Raises:
         BookError: with every reason why the book may not be published, page by page.
     """
-    claims.check()
+    claims()
     folder, refused = BUILD / "book" / profile, []
     records = {run["page"]: run for run in json.loads(results(profile, "json").read_text())}
     for name in toc_pages():
@@ -270,7 +270,7 @@ def publish(profile: str) -> Path:
     card = {
         "profile": profile,
         "built": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "pages": {name: record(entry.run(profile)) for name, entry in pages().items()},
+        "pages": {name: record(entry.run_file(profile)) for name, entry in pages().items()},
     }
     stamp = json.dumps(card, sort_keys=True)
     place = BUILD / "sites" / f"{profile}-{zlib.crc32(stamp.encode()):08x}"

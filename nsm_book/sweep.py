@@ -16,9 +16,9 @@ from rich.console import Console
 from nsm_book import BookError, build, collect
 from nsm_book.execute import run_into
 from nsm_book.fingerprint import checksum, digest, files, fingerprint, stale_makers
-from nsm_book.pages import BUILD, check, page, pages, unknown
+from nsm_book.schema import BUILD, check_parameters, page, pages, parameters, unknown
 from nsm_book.series import COSTS
-from nsm_book.table import FACTS, Run, Sweep, folder, read_sweep
+from nsm_book.sweep_table import FACTS, Sweep, SweepRun, read_sweep, sweep_folder
 
 STEP_SECONDS = 8.0, 60.0  # what a step takes at least, for it needs more than one to start; and at most, if no run takes longer
 SHORT = 3.0  # seconds: a run that takes less waits for much of them, for its kernel to start and to end
@@ -47,7 +47,7 @@ def finished(sweep: Sweep) -> dict[str, dict[str, Any]]:
     return found
 
 
-def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> dict[str, Any]:
+def write_plan(sweep: Sweep, todo: list[SweepRun], seconds: float, jobs: int) -> dict[str, Any]:
     """Write down what Snakemake has to do: steps of a few runs each, of that many seconds a run; and return it."""
     least, most = (int(limit / max(seconds, 1e-3)) for limit in STEP_SECONDS)
     size = max(1, min(most, -(-len(todo) // jobs), max(least, len(todo) // (ROUNDS * jobs))))
@@ -66,7 +66,7 @@ def write_plan(sweep: Sweep, todo: list[Run], seconds: float, jobs: int) -> dict
 
 def read_plan(name: str) -> dict[str, Any]:
     """What `write_plan` wrote down."""
-    return json.loads((folder(name) / "plan.json").read_text())
+    return json.loads((sweep_folder(name) / "plan.json").read_text())
 
 
 def run_step(name: str, step: str) -> None:
@@ -107,7 +107,7 @@ def run_step(name: str, step: str) -> None:
 def _one_run(name: str, plan: dict[str, Any], entry: dict[str, Any], what: str) -> None:
     def work() -> str:
         about = page(plan["page"])
-        run_into(folder(name) / entry["id"], about, plan["profile"], check(about, entry["parameters"]))
+        run_into(sweep_folder(name) / entry["id"], about, plan["profile"], check_parameters(about, entry["parameters"]))
         return f"{entry['label'] or 'defaults'}: done"
 
     try:
@@ -125,8 +125,6 @@ def collect_table(sweep: Sweep, records: dict[str, dict[str, Any]]) -> None:
     """
     import pyarrow
     import pyarrow.parquet
-
-    from nsm_book.pages import parameters
 
     defaults = {name: p.default for name, p in parameters(sweep.page).items()}
     keys = dict.fromkeys(key for record in records.values() for key in record["values"])

@@ -8,8 +8,8 @@ from typing import Any
 
 from nsm_book import BookError
 from nsm_book.fingerprint import digest, files, fingerprint
-from nsm_book.pages import Page
-from nsm_book.table import FACTS, folder, read_sweep, sweeps
+from nsm_book.schema import Page
+from nsm_book.sweep_table import FACTS, read_sweep, sweep_folder, sweeps
 
 NOTEBOOKS = "../sweeps"
 MOST_RUNS = 500  # of one sweep, that the site shows one by one, with their notebooks
@@ -95,9 +95,9 @@ def read_swept(name: str) -> Swept | None:
     """What the sweep of that name has left of the runs that stand in it today; None if there is none.
 
     Raises:
-        BookError: as `read_table` and `table.read_sweep`.
+        BookError: as `read_table` and `sweep_table.read_sweep`.
     """
-    path = folder(name).with_name(f"{name}.parquet")
+    path = sweep_folder(name).with_name(f"{name}.parquet")
     if not path.exists():
         return None
     asked = read_sweep(name)
@@ -106,7 +106,7 @@ def read_swept(name: str) -> Swept | None:
         return None
     rows, today = [], {**fingerprint(asked.page, asked.profile, {}), "parameters": None, "files": None}
     for entry in entries:
-        place = folder(name) / entry["run"]
+        place = sweep_folder(name) / entry["run"]
         try:
             (record,) = json.loads((place / "results.json").read_text()) if len(entries) <= MOST_RUNS else ({},)
             # A sweep that was begun again and has not ended has newer runs than its table. No file is looked at without a record.
@@ -147,4 +147,4 @@ def copy_notebooks(site: Path) -> None:
             if link := swept.notebook(row):
                 target = (site / "results" / link).resolve()
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(folder(swept.name) / row.id / "run.ipynb", target)
+                shutil.copy(sweep_folder(swept.name) / row.id / "run.ipynb", target)

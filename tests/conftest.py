@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nsm_book import pages, table
+from nsm_book import schema, sweep_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Path(__file__).parent / "book/small_book"
@@ -44,7 +44,6 @@ class Checkout:
                 shutil.copy(source, folder / name)
         shutil.copytree(SMALL, folder, dirs_exist_ok=True)
         shutil.copytree(ROOT / "book" / "_static", folder / "book" / "_static", dirs_exist_ok=True)
-        shutil.copy(ROOT / "book" / "claims.schema.json", folder / "book")
 
     def environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("NSM_BOOK", "PYTEST"))}
@@ -98,20 +97,24 @@ def copy(built, tmp_path) -> Checkout:
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """The small book in place of the real one, in this process; returns a function that writes a table and reads it."""
+    """The small book in place of the real one, in this process; returns a function that writes a sweep, or the CSV file of its
+    rows, and reads it."""
     shutil.copytree(SMALL / "book", tmp_path / "book")
     (tmp_path / "book/sweeps").mkdir()
-    for module in (pages, table):
-        monkeypatch.setattr(module, "BOOK", tmp_path / "book")
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    pages.pages.cache_clear()
+    monkeypatch.setattr(schema, "BOOK", tmp_path / "book")
 
-    def read(name: str, text: str | bytes) -> table.Sweep:
-        (tmp_path / "book/sweeps" / name).write_bytes(text.encode() if isinstance(text, str) else text)
-        return table.read_sweep(Path(name).stem)
+    def read(name: str, text: str | bytes) -> sweep_table.Sweep:
+        path = tmp_path / "book/sweeps" / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        if path.suffix == ".csv":
+            path.with_suffix(".yml").write_text(f"page: group/first\nrows: {name}\n")
+        return sweep_table.read_sweep(path.stem)
 
+    schema.pages.cache_clear()
+    schema.parameters.cache_clear()
     yield read
-    pages.pages.cache_clear()
+    schema.pages.cache_clear()
+    schema.parameters.cache_clear()
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import nbformat
 from nsm_book.collect import whole
 from nsm_book.execute import environment
 from nsm_book.fingerprint import digest, product
-from nsm_book.pages import pages
 from nsm_book.runs import read_reruns, rerun_record
+from nsm_book.schema import pages
 
 
 class Rerun:
@@ -22,7 +22,7 @@ class Rerun:
 
     def __init__(self, profile: str):
         self.profile = profile
-        self.runs = {page.name: page.run(profile) for page in pages().values() if page.run(profile).exists()}
+        self.runs = {page.name: page.run_file(profile) for page in pages().values() if page.run_file(profile).exists()}
         self.before = {name: digest(run) for name, run in self.runs.items()}
         self.outcomes: dict[str, dict[str, bool]] = {name: {} for name in self.runs}
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nsm_book import pages
+from nsm_book import schema
 from nsm_book.execute import slug
 from nsm_book.fingerprint import fingerprint, imported_modules, page_code
 
@@ -19,7 +19,7 @@ def really_imported(cells: list[str]) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
 
 
-@pytest.mark.parametrize("page", pages.pages().values(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", schema.pages().values(), ids=lambda page: page.name)
 def test_a_pages_modules_hold_all_that_python_loads(page):
     assert really_imported(page_code(page)) <= set(imported_modules(page_code(page)))
     assert not {name for name in imported_modules(page_code(page)) if name.startswith("nsm_book")}
@@ -33,7 +33,7 @@ def test_imports_are_followed_through_packages():
 
 
 def test_a_run_depends_on_what_is_in_the_files_that_its_parameters_name(tmp_path):
-    page, text, folder = pages.page("blockffn/model"), tmp_path / "text.txt", tmp_path / "checkpoint"
+    page, text, folder = schema.page("blockffn/model"), tmp_path / "text.txt", tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     text.write_text("one")

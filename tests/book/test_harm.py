@@ -1,9 +1,5 @@
 """Input that means harm: it runs no code, writes nowhere else, reaches no reader as markup; it is run or refused in one line."""
 
-import ast
-import csv
-import io
-import itertools
 import json
 import os
 import pickle
@@ -15,236 +11,19 @@ import nbformat
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nsm_book import BookError, execute, gate, pages, table
+from nsm_book import BookError, gate
 from nsm_book.fingerprint import record, sealed
+from nsm_book.schema import Page, Parameter
 from nsm_support.blockffn.checkpoint import load_checkpoint
 from nsm_support.results import GLUE_MIME, read_product
 from nsm_support.studies.corpus import load_trained
 from nsm_support.training import CheckpointError, load_model
+from tests.book.test_schema import EVIL, PIECES, TEXT, VALUE, WHOLE, fuzz, refused
 from tests.conftest import Checkout
 from tests.site.browser import browser, served
 from tests.support.test_blockffn_checkpoint import COMMON, KINDS
-
-# One string for all readers: HTML, Markdown, MyST, formulas, the shell, Python, paths, and the book's own rewriting.
-EVIL = (
-    "</code></td></table></details><script>hit(1)</script><img src=x onerror=hit(2)>\n\n# Title\n\n`a` | b ``` $x^2$ "
-    "\\(y\\) [go](javascript:hit(3)) ![i](x.png) [](first.md) {glue:text}`lost` {{ mean }} {count} *supported* _refuted_ "
-    "<!-- ${7*7} $(touch hit) `touch hit`; touch hit; \" + __import__('os').system('touch hit') + \" ' \\ ../../hit "
-    "\u202e\x1b[31m\u2028\tü https://hit.example &lt;"
-)
-PIECES = [
-    EVIL,
-    "<b>x</b>",
-    "$x$",
-    "\\$x$",
-    "../../hit",
-    "/etc/passwd",
-    "a|b",
-    "`",
-    "'",
-    '"',
-    '"""',
-    "\n",
-    "\r\n",
-    "\0",
-    "\ud800",
-    "((",
-    "nan",
-    "inf",
-    "-1e999",
-    "1e308",
-    "None",
-    "True",
-    "true",
-    "[",
-    "]",
-    "{",
-    "}",
-    "{[]: 1}",
-    "[1, 2]",
-    "['a']",
-    "'None'",
-    "5",
-    "1_0",
-    "0x" + "f" * 5000,
-    "9" * 5000,
-    "\\N{BULLET}",
-    "__import__('os').system('touch hit')",
-    "*supported*",
-    "--profile",
-    "{glue:text}`mean`",
-    "=cmd|'/C calc'!A0",
-    "%s",
-    "{0.__class__}",
-    "!!python/object/apply:os.system [touch hit]",
-    "&a [*a]",
-    "<<: {count: 1}",
-    "!!bool maybe",
-    "!!int ''",
-    "!!timestamp x",
-    "1:1:1",
-    "2020-13-01",
-    ",",
-    "#",
-    "? [a]",
-    "---",
-    "- ",
-    ": ",
-    "- &",
-    "\ufeff",
-    "é" * 90,
-    "𝒳" * 72,
-    "page",
-    "count",
-    "group/first",
-]
-TEXT = st.one_of(
-    st.sampled_from(PIECES),
-    st.text(max_size=30),
-    st.lists(st.sampled_from(PIECES), max_size=4).map("".join),
-    st.characters(codec=None).map(str),
-)
-PLAIN = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.integers(-3, 9),
-    st.sampled_from([2**63, -(2**63), 10**400]),
-    st.floats(),
-    st.binary(max_size=3),
-    st.dates(),
-    TEXT,
-)
-ANY = st.recursive(
-    PLAIN, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=2)), max_leaves=6
-)
-VALUE = st.one_of(ANY, ANY.map(pages.brief), st.lists(st.integers(-3, 9), max_size=3).map(str))
-WHOLE = st.integers(-(2**63), 2**63 - 1)
-
-
-def fuzz(examples: int, check, *strategies) -> None:
-    """Give a check so many examples, the same ones every time."""
-    how = settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-    how(given(*strategies)(check))()
-
-
-def refused(error: BookError) -> str:
-    """What a person is told: one line that a terminal shows as it stands, and no more than a person reads."""
-    message = str(error)
-    assert message.isprintable() and 10 < len(message) < 900, message
-    return message
-
-
-def test_any_value_of_any_parameter_is_accepted_as_it_is_or_refused():
-    """3,000 values, one after the other given to a parameter of each type that the book's pages have."""
-    from papermill.translators import PythonTranslator
-
-    by_type = {p.type: (page, p) for page in pages.pages().values() for p in pages.parameters(page).values()}
-    assert len(by_type) >= 8
-    accepted, told = [], []
-
-    def check(kind, value):
-        page, parameter = by_type[kind]
-        try:
-            (found,) = pages.check(page, {parameter.name: value}).values()
-        except BookError as error:
-            told.append(refused(error))
-            assert page.name in told[-1] and parameter.name in told[-1]
-            assert not (kind in ("str", "str | None") and isinstance(value, str) and value.isprintable()), value
-            return
-        accepted.append(found)
-        assert pages.check(page, {parameter.name: found}) == {parameter.name: found}
-        assert json.loads(json.dumps(found).encode()) == found
-        code = PythonTranslator.translate(found)  # what papermill writes into the kernel's cell: a literal, and no more
-        assert "\n" not in code and ast.literal_eval(code) == found
-        again = shlex.split(execute.reproduce_line(page, "full", {parameter.name: found}))
-        assert pages.check(page, {again[6]: again[7]}) == {parameter.name: found} and "\0" not in again[7]
-        name = execute.slug({parameter.name: found})
-        assert "/" not in name and "\0" not in name and name.strip(".") and len(f"quick,{name}".encode()) < 256
-
-    for kind, value in itertools.product(sorted(by_type), PIECES):
-        check(kind, value)
-    fuzz(3000, check, st.sampled_from(sorted(by_type)), VALUE)
-    assert len(accepted) > 600 and len(told) > 1200
-
-
-GOOD = {
-    "count": WHOLE,
-    "scale": st.floats(allow_nan=False, allow_infinity=False),
-    "kind": st.sampled_from(["up", "down"]),
-    "names": st.lists(st.one_of(st.just(EVIL), st.text(max_size=9)), max_size=3),
-}
-NAMES = st.one_of(st.sampled_from([*GOOD, "seed"]), TEXT)
-
-
-def some(values):
-    return st.lists(values, min_size=1, max_size=3, unique_by=repr)
-
-
-GOOD_YAML = st.fixed_dictionaries(
-    {"page": st.just("group/first")},
-    optional={
-        "profile": st.sampled_from(["quick", "full"]),
-        "seeds": some(WHOLE),
-        "rows": some(st.fixed_dictionaries({name: GOOD[name] for name in ("count", "names")})),
-        "grid": st.fixed_dictionaries({}, optional={name: some(GOOD[name]) for name in ("scale", "kind")}),
-    },
-)
-WILD_YAML = st.dictionaries(
-    st.sampled_from([*table.KEYS, *table.KEYS, ""]),
-    st.one_of(
-        VALUE,
-        st.just("group/first"),
-        st.lists(st.dictionaries(NAMES, VALUE, max_size=3), max_size=3),
-        st.dictionaries(NAMES, st.lists(VALUE, max_size=3), max_size=3),
-    ),
-    max_size=4,
-)
-GOOD_CSV = some(st.tuples(st.just("group/first"), WHOLE.map(str), GOOD["names"].map(str), GOOD["kind"]))
-WILD_CSV = st.lists(st.lists(st.one_of(TEXT, st.sampled_from(["group/first", "3", "[]", "up"])), max_size=4), max_size=4)
-
-
-@st.composite
-def mutated(draw, texts):
-    """A text as it is, or with a piece of harm put in somewhere in place of a few characters."""
-    text = draw(texts)
-    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
-        at, length = draw(st.integers(0, len(text))), draw(st.integers(0, 4))
-        text = text[:at] + draw(TEXT) + text[at + length :]
-    return text
-
-
-def as_csv(rows) -> str:
-    out = io.StringIO()
-    csv.writer(out).writerows([["page", "count", "names", "kind"], *rows])
-    return out.getvalue()
-
-
-def test_any_table_of_runs_is_accepted_or_refused_in_one_line(small):
-    """2,000 tables: whole ones, wrong ones, and ones with harm put in at any place."""
-    accepted, told = [], []
-
-    def check(name, text):
-        try:
-            found = small(name, text.encode("utf-8", "surrogatepass"))
-        except BookError as error:
-            told.append(refused(error))
-            assert told[-1].startswith(f"book/sweeps/{name}: ")
-            return
-        accepted.append(found)
-        for run in found.runs.values():
-            assert pages.check(found.page, run.parameters) == run.parameters
-            assert re.fullmatch("[0-9a-f]{12}", run.id) and run.label.isprintable()
-
-    for piece in PIECES:
-        check("y.yml", f"page: group/first\nrows: {piece}\n")
-        check("y.yml", f"page: group/first\ngrid: {{count: [1, {piece}]}}\n")
-    fuzz(1000, check, st.just("x.csv"), mutated(st.one_of(GOOD_CSV, WILD_CSV).map(as_csv)))
-    fuzz(1000, check, st.just("y.yml"), mutated(st.one_of(GOOD_YAML, WILD_YAML).map(yaml.dump)))
-    assert len(accepted) > 300 and len(told) > 800
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +41,7 @@ def harmed(tmp_path_factory):
     def collect(words, names, seed):
         given = {"words": ("str", words), "names": ("list[str]", names), "seed": ("int", seed)}
         try:
-            row = {name: pages.Parameter(name, kind, "", "").accept(value, "x") for name, (kind, value) in given.items()}
+            row = {name: Parameter(name, kind, "", "").accept(value, "x") for name, (kind, value) in given.items()}
         except BookError as error:
             refused(error)
             return
@@ -386,7 +165,7 @@ def told_of(data: dict) -> list[str]:
     """What the gate says of a page of which one cell has this output."""
     output = nbformat.v4.new_output("display_data", data)
     page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=[output])])
-    return gate.problems(page, pages.Page(name="group/first", budget={}, memory=1), prose=False)
+    return gate.problems(page, Page(name="group/first", budget={"quick": 1, "full": 1}, memory=1), prose=False)
 
 
 def test_no_output_reaches_a_reader_as_a_script():
@@ -406,7 +185,7 @@ def test_no_output_reaches_a_reader_as_a_script():
 def test_a_value_that_no_table_holds_is_refused_with_its_run(value, held):
     output = nbformat.v4.new_output("display_data", {GLUE_MIME: "3"}, metadata={"scrapbook": {"name": "count", "value": value}})
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("glue()", outputs=[output])])
-    told = gate.problems(notebook, pages.Page(name="group/first", budget={}, memory=1), prose=False)
+    told = gate.problems(notebook, Page(name="group/first", budget={"quick": 1, "full": 1}, memory=1), prose=False)
     assert told == [] if held else told[0].startswith("group/first: 'count' is glued with a value that no table holds: ")
 
 

@@ -10,8 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nsm_book import BookError, claims, compare, drawings, gate, ledger, markup, runs, series, swept
-from nsm_book.pages import Page
+from nsm_book import BookError, compare, drawings, gate, ledger, markup, runs, series, swept
+from nsm_book.schema import Claim as Asked
+from nsm_book.schema import Page
 from nsm_support.results import Claim
 from nsm_support.statistics import t_interval
 
@@ -52,9 +53,11 @@ def asked(monkeypatch):
     """Let the book ask these claims."""
 
     def ask(*entries):
-        monkeypatch.setattr(claims, "check", lambda: list(entries))
-        monkeypatch.setattr(claims, "read_yaml", lambda name: list(entries))
+        claims = [Asked(**entry) for entry in entries]
+        monkeypatch.setattr(ledger, "claims", lambda: claims)
+        monkeypatch.setattr(gate, "claims_of", lambda name: claims)
         monkeypatch.setattr(ledger, "pages", lambda: {one["page"]: None for one in entries})
+        monkeypatch.setattr(ledger, "page", lambda name: name)
         monkeypatch.setattr(ledger, "title", lambda name: f"The page {name}")
 
     return ask
@@ -520,7 +523,7 @@ def left(tmp_path, monkeypatch, runs="ab", **changes):
 
     `runs` stand in the sweep today.
     """
-    monkeypatch.setattr("nsm_book.table.BUILD", tmp_path)
+    monkeypatch.setattr("nsm_book.schema.BUILD", tmp_path)
     monkeypatch.setattr(swept, "sweeps", lambda: {"grow": None, "later": None})
     monkeypatch.setattr(swept, "fingerprint", lambda page, profile, given: {"source": "abc", "parameters": given})
     monkeypatch.setattr(

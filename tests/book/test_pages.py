@@ -10,9 +10,9 @@ import nbformat
 import pytest
 import yaml
 
-from nsm_book import ROOT, claims, gate, pages
+from nsm_book import ROOT, gate, schema
 
-PAGES = list(pages.pages().values())
+PAGES = list(schema.pages().values())
 TOC = (ROOT / "_toc.yml").read_text()
 
 
@@ -35,11 +35,11 @@ def page(request):
 
 def test_every_source_with_code_is_a_page_and_in_the_toc():
     sources = {
-        str(path.relative_to(pages.BOOK).with_suffix(""))
-        for path in pages.BOOK.rglob("*.md")
+        str(path.relative_to(schema.BOOK).with_suffix(""))
+        for path in schema.BOOK.rglob("*.md")
         if "{code-cell}" in path.read_text()
     }
-    assert sources == set(pages.pages())
+    assert sources == set(schema.pages())
     assert all(f"file: {name}" in TOC for name in sources)
 
 
@@ -50,9 +50,9 @@ def test_head_names_the_pair_and_the_kernel(page):
 
 
 def test_one_parameters_cell_with_meanings_and_a_device(page):
-    found = pages.parameters(page)  # refuses anything but one cell of `name: type = default  # meaning`
+    found = schema.parameters(page)  # refuses anything but one cell of `name: type = default  # meaning`
     assert {"device"} <= found.keys() and {"seed", "seeds"} & found.keys()
-    assert pages.profile_parameters(page, "quick")
+    assert schema.profile_parameters(page, "quick")
 
 
 def test_no_cell_is_long_or_reaches_outside(page):
@@ -82,7 +82,7 @@ def test_every_figure_goes_through_show_with_words(page):
 
 
 def test_glue_keys_resolve_and_are_used(page):
-    run = nbformat.read(page.run("quick"), 4)
+    run = nbformat.read(page.run_file("quick"), 4)
     keys = gate.glued(run)
     used = {key for cell in run.cells if cell.cell_type == "markdown" for key in gate.GLUE_ROLE.findall(cell.source)}
     assert used and used <= keys.keys()
@@ -98,10 +98,10 @@ def test_prose_holds_no_result_typed_by_hand(page):
 
 
 def test_claims_keep_to_their_schema_and_are_answered():
-    for entry in claims.check():
-        keys = gate.glued(nbformat.read(pages.page(entry["page"]).run("quick"), 4))
-        assert f"{entry['id']}_verdict" in keys
-        assert f"`{entry['id']}_verdict`" in pages.page(entry["page"]).source.read_text()
+    for claim in schema.claims():
+        keys = gate.glued(nbformat.read(schema.page(claim.page).run_file("quick"), 4))
+        assert f"{claim.id}_verdict" in keys
+        assert f"`{claim.id}_verdict`" in schema.page(claim.page).source.read_text()
 
 
 def test_exercise_names_are_unique():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from nsm_book.pages import BOOK
+from nsm_book.schema import BOOK
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.kernel

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,122 +14,18 @@ import pandas
 import pytest
 from rich.console import Console
 
-from nsm_book import BookError, build, fingerprint, gate, pages, sweep, table
-from nsm_book.pages import Page
+from nsm_book import BookError, build, fingerprint, gate, schema, sweep, sweep_table
+from nsm_book.schema import Page
 from tests.conftest import Checkout
 
 kernel = pytest.mark.kernel
 
 
 FIRST = "page: group/first\n"
-REFUSED = [
-    (
-        "x.csv",
-        "page,count\ngroup/first,three\n",
-        "x.csv: line 2: group/first: parameter count is int (default 50), got 'three': Input should be a valid integer",
-    ),
-    ("x.csv", "page,count\ngroup/first,3.5\n", "got 3.5"),
-    ("x.csv", "page,count\ngroup/first,\n", "got ''"),
-    ("x.csv", "page,scale\ngroup/first,nan\n", "parameter scale is float (default 1.0), got 'nan'"),
-    ("x.csv", "page,scale\ngroup/first,1e999\n", "got inf: Input should be a finite number"),
-    ("x.csv", "page,count\ngroup/first," + "9" * 6000 + "\n", "(6002 characters)"),
-    ("x.csv", "page,cuont\ngroup/first,3\n", "unknown parameter 'cuont'; nearest: count; accepted: count, scale, kind, names"),
-    ("x.csv", "page,count,count\ngroup/first,3,4\n", "column 'count' stands there 2 times"),
-    ("x.csv", "count\n3\n", "needs a column `page`, has ['count']"),
-    ("x.csv", "page,count\ngroup/first,3\ngroup/first,4,5\n", "line 3: 3 cells for the 2 columns ['page', 'count']"),
-    ("x.csv", "page,count\ngroup/first,3\n\ngroup/first,3\n", "line 4: the same run as line 2: count=3"),
-    ("x.csv", "page,scale\ngroup/first,1\ngroup/first,1.0\n", "line 3: the same run as line 2: scale=1.0"),
-    ("x.csv", "page,count\ngroup/first,3\ngroup/second,4\n", "line 3: another page than on the first line, 'group/first'"),
-    ("x.csv", "page,profile,count\ngroup/first,fast,3\n", "unknown profile 'fast'; accepted: quick, full"),
-    ("x.csv", "page,count\ngroup/frist,3\n", "unknown page 'group/frist'; nearest: group/first"),
-    ("x.csv", "page,count\n../../etc/passwd,3\n", "unknown page '../../etc/passwd'"),
-    ("x.csv", 'page,kind\ngroup/first,"up\n', "unexpected end of data"),
-    ("x.csv", "page,count\n", "x.csv: holds no run"),
-    ("x.csv", "", "needs a column `page`, has []"),
-    ("x.csv", "page,names\ngroup/first,\"['a', __import__('os')]\"\n", "parameter names is list[str]"),
-    ("x.csv", "page,kind\ngroup/first,ü\n".encode("latin-1"), "x.csv: byte 22: accepts UTF-8 only"),
-    ("x.csv", "page,count\ngroup/first,3\n".encode("utf-16"), "x.csv: byte 0: accepts UTF-8 only"),
-    ("x.yml", "", "accepts the keys page, profile, question, measure, rows, grid, seeds; got None"),
-    ("x.yml", "grid: {count: [1]}\n", "needs `page: NAME`, has None"),
-    ("x.yml", FIRST + "question: [why]\n", "question: accepts one line of text, got ['why']"),
-    ("x.yml", FIRST + "measure: 3\n", "measure: accepts one line of text, got 3"),
-    ("x.yml", FIRST + "gird: {count: [1]}\n", "unknown key 'gird'; nearest: grid"),
-    ("x.yml", FIRST + "page: group/second\n", "line 2: key 'page': accepts each name once"),
-    ("x.yml", FIRST + "grid: {count: [1], count: [2]}\n", "line 2: key 'count': accepts each name once"),
-    ("x.yml", FIRST + "grid: {count: 1}\n", "grid: count: accepts a list that is not empty, got 1"),
-    ("x.yml", FIRST + "grid: {count: []}\n", "grid: count: accepts a list that is not empty, got []"),
-    ("x.yml", FIRST + "grid: {scale: [1, .nan]}\n", "grid: group/first: parameter scale is float (default 1.0), got nan"),
-    ("x.yml", FIRST + "grid: {count: [1, 1]}\n", "the same run as grid: count=1"),
-    ("x.yml", FIRST + "grid: {1: [1]}\n", "unknown parameter 1; accepted: count"),
-    ("x.yml", FIRST + "rows: [{count: 1}, {scale: 1.0}]\n", "row 2: has scale, and row 1 has count"),
-    ("x.yml", FIRST + "rows: [{count: 1}, 2]\n", "row 2: accepts `{parameter: value}`, got 2"),
-    ("x.yml", FIRST + "rows: [{count: 1}]\ngrid: {count: [2]}\n", "parameter 'count' stands there 2 times"),
-    ("x.yml", FIRST + "grid: {seed: [1]}\nseeds: [2]\n", "parameter 'seed' stands there 2 times"),
-    ("x.yml", "page: group/second\nseeds: [1]\n", "seeds: group/second has neither a parameter `seed` nor `seeds`"),
-    ("x.yml", FIRST + "rows: [{count: 2020-01-01}]\n", "got datetime.date(2020, 1, 1)"),
-    ("x.yml", FIRST + "rows: [{count: 2020-13-01}]\n", "is no YAML: month must be in 1..12"),
-    ("x.yml", FIRST + "rows: [{count: 1}\n", "line 3: expected ',' or ']'"),
-    ("x.yml", FIRST + "rows: &a [*a]\n", "line 2: a table has no aliases"),
-    ("x.yml", FIRST + "rows: !!python/object/apply:os.system [touch hit]\n", "line 2: could not determine a constructor"),
-    ("x.yml", FIRST + "rows: " + "[" * 3000, "is no YAML: maximum recursion depth"),
-    ("x.yml", FIRST + "grid: {count: %s, seed: %s}\n" % ((list(range(400)),) * 2), "160000 runs; accepts 100000 at most"),
-    ("a b.yml", FIRST, "'a b.yml': a sweep's name accepts letters, digits, - and _"),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "told"), REFUSED, ids=range(len(REFUSED)))
-def test_a_wrong_table_is_refused_in_one_line(small, name, text, told):
-    with pytest.raises(BookError) as error:
-        small(name, text)
-    message = str(error.value)
-    assert told in message and "\n" not in message and message.startswith("book/sweeps") and len(message) < 600
-
-
-def test_a_table_is_rows_by_grid_by_seeds(small):
-    found = small("x.yml", FIRST + "profile: quick\nrows: [{kind: up}, {kind: down}]\ngrid: {scale: [1, 2.5]}\nseeds: [7, 8]\n")
-    given = [run.parameters for run in found.runs.values()]
-    assert len(given) == 8 and found.page.name == "group/first" and found.profile == "quick"
-    assert given[3] == {"count": 5, "kind": "up", "scale": 2.5, "seed": 8}  # the quick profile's count with it
-    assert next(iter(found.runs.values())).label == "kind='up', scale=1.0, seed=7"
-
-
-def test_a_csv_holds_any_text_as_text(small):
-    found = small("x.csv", '\ufeffpage,names,count\r\ngroup/first,"[""a\'b"", ""$(x)\\n<b>""]",3\r\n')
-    (run,) = found.runs.values()
-    assert run.parameters == {"names": ["a'b", "$(x)\n<b>"], "count": 3}
-
-
-def test_a_runs_id_is_its_page_profile_and_parameters(small):
-    one = small("x.csv", "page,count,scale\ngroup/first,3,1\n")
-    same = small("y.yml", FIRST + "rows: [{scale: 1.0, count: 3}]\n")
-    quick = small("z.yml", FIRST + "profile: quick\nrows: [{scale: 1.0, count: 3}]\n")
-    assert list(one.runs) == list(same.runs) != list(quick.runs)
-
-
-def test_two_tables_of_one_name_and_a_missing_one_are_refused(small):
-    small("x.csv", "page,count\ngroup/first,3\n")
-    with pytest.raises(BookError, match=r"x\.yml and x\.csv have one name"):
-        small("x.yml", FIRST)
-    with pytest.raises(BookError, match=r"book/sweeps: .*have one name"):
-        table.read_sweep("../x")
-
-
-def test_a_sweep_cannot_have_the_name_of_a_profile(small):
-    with pytest.raises(BookError, match=r"book/sweeps: 'quick.yml': a sweep's name accepts letters, .* and is no profile's"):
-        small("quick.yml", FIRST)
-
-
-def test_a_hundred_thousand_runs_are_checked_in_seconds(small):
-    began = time.perf_counter()
-    text = "page,count,seed\n" + "".join(f"group/first,3,{seed}\n" for seed in range(100_000))
-    assert len(small("x.csv", text).runs) == 100_000
-    with pytest.raises(BookError, match="100001 runs; accepts 100000 at most"):
-        small("y.csv", text + "group/first,4,0\n")
-    assert time.perf_counter() - began < 60
 
 
 def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(table, "BUILD", tmp_path)
+    monkeypatch.setattr(schema, "BUILD", tmp_path)
     monkeypatch.setattr(sweep, "BUILD", tmp_path)
     found = small("x.yml", FIRST + f"seeds: {list(range(200))}\n")
 
@@ -147,7 +44,7 @@ def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypat
 
 
 def test_a_measure_that_no_run_has_is_told_at_the_end(small, monkeypatch, tmp_path):
-    for module in (table, sweep, build):
+    for module in (schema, sweep, build):
         monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
     monkeypatch.setattr(sweep, "stale_makers", lambda page, profile: [])
     monkeypatch.setattr(sweep, "finished", lambda found: {id: {"values": {"mean": {"value": 2.0}}} for id in found.runs})
@@ -159,7 +56,7 @@ def test_a_measure_that_no_run_has_is_told_at_the_end(small, monkeypatch, tmp_pa
 
 
 def test_many_failures_are_counted_and_what_began_comes_last(small, monkeypatch, tmp_path):
-    for module in (table, sweep, build):
+    for module in (schema, sweep, build):
         monkeypatch.setattr(module, "BUILD", tmp_path)
     monkeypatch.setattr(sweep, "finished", lambda found: {})
     monkeypatch.setattr(sweep, "collect_table", lambda found, records: None)
@@ -176,11 +73,11 @@ def test_many_failures_are_counted_and_what_began_comes_last(small, monkeypatch,
 
 @pytest.mark.parametrize("code", [1, -9])
 def test_a_sweep_of_which_no_run_began_or_that_was_killed_leaves_its_table(small, monkeypatch, tmp_path, code):
-    for module in (table, sweep, build):
+    for module in (schema, sweep, build):
         monkeypatch.setattr(module, "BUILD", tmp_path)
     found = small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
-    table.folder("x").mkdir(parents=True)
-    table.folder("x").with_name("x.parquet").write_text("of all runs")
+    sweep_table.sweep_folder("x").mkdir(parents=True)
+    sweep_table.sweep_folder("x").with_name("x.parquet").write_text("of all runs")
 
     def snakemake(*words, log, **others):
         log.parent.mkdir(exist_ok=True)
@@ -194,11 +91,11 @@ def test_a_sweep_of_which_no_run_began_or_that_was_killed_leaves_its_table(small
     with pytest.raises(BookError, match="sweep x: its table was left as it was") as told:
         sweep.run("x", 2, None, Console())
     assert ("there is no such executor" if code > 0 else "Snakemake was killed by signal 9") in str(told.value)
-    assert table.folder("x").with_name("x.parquet").read_text() == "of all runs"
+    assert sweep_table.sweep_folder("x").with_name("x.parquet").read_text() == "of all runs"
 
 
 def test_what_a_node_wrote_is_waited_for_though_another_run_failed(small, monkeypatch, tmp_path):
-    for module in (table, sweep, build):
+    for module in (schema, sweep, build):
         monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
     found = small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
     fine, bad = found.runs
@@ -217,7 +114,7 @@ def test_what_a_node_wrote_is_waited_for_though_another_run_failed(small, monkey
 
 
 def test_what_a_node_wrote_may_be_seen_late(small, monkeypatch, tmp_path):
-    for module in (table, sweep, build):
+    for module in (schema, sweep, build):
         monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
     found = small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
     one = {"seconds": 1.0, "values": {}}
@@ -229,7 +126,7 @@ def test_what_a_node_wrote_may_be_seen_late(small, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_step_goes_on_past_runs_that_fail_and_are_killed(small, monkeypatch, tmp_path, at_once):
-    for module in (table, sweep, build):
+    for module in (schema, sweep, build):
         monkeypatch.setattr(module, "BUILD", tmp_path)
 
     def run_into(place, page, profile, given):  # in place of a kernel
@@ -273,7 +170,7 @@ def test_the_time_left_learns_from_the_runs_that_ended(monkeypatch):
 
 def test_pages_that_a_page_needs_are_found_through_others(monkeypatch):
     def made(name, needs=(), makes=()):
-        return Page(name=name, budget={}, memory=1, needs=needs, makes=makes)
+        return Page(name=name, budget={"quick": 1, "full": 1}, memory=1, needs=needs, makes=makes)
 
     chain = [made("a", makes=("x",)), made("b", ("x",), ("y",)), made("c", ("y", "x")), made("d", makes=("z",))]
     monkeypatch.setattr(fingerprint, "pages", lambda: {page.name: page for page in chain})
@@ -286,16 +183,15 @@ def test_a_column_holds_one_kind_of_value():
 
 
 def test_the_books_own_sweeps_and_the_manuals_are_accepted(monkeypatch, tmp_path):
-    for name in table.sweeps():
-        found = table.read_sweep(name)
+    for name in sweep_table.sweeps():
+        found = sweep_table.read_sweep(name)
         assert 1 < len(found.runs) < 50 and found.question
-        assert isinstance(gate.glued(nbformat.read(found.page.run("quick"), 4))[found.measure]["value"], float)
-    (tmp_path / "sweeps").mkdir()
-    (example,) = re.findall(r"```yaml\n(.*?)```", (pages.BOOK / "reference/reproduce.md").read_text(), re.DOTALL)
+        assert isinstance(gate.glued(nbformat.read(found.page.run_file("quick"), 4))[found.measure]["value"], float)
+    shutil.copytree(schema.BOOK, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("_static"))
+    (example,) = re.findall(r"```yaml\n(.*?)```", (schema.BOOK / "reference/reproduce.md").read_text(), re.DOTALL)
     (tmp_path / "sweeps/x.yml").write_text(example)
-    monkeypatch.setattr(table, "BOOK", tmp_path)
-    monkeypatch.setattr(table, "ROOT", tmp_path)
-    runs = list(table.read_sweep("x").runs.values())
+    monkeypatch.setattr(schema, "BOOK", tmp_path)
+    runs = list(sweep_table.read_sweep("x").runs.values())
     assert len(runs) == 8 and runs[-1].label == "half_mass=4.0, steps=60, train_length=16, longest=64, seeds=[14, 15, 16]"
 
 
@@ -324,11 +220,12 @@ def read_table(checkout, name: str) -> pandas.DataFrame:
 
 @kernel
 def test_nothing_starts_for_a_table_that_is_refused(book):
-    write(book, "x.csv", "page,count\ngroup/first,3\ngroup/first,3.5\n")
+    write(book, "x.yml", FIRST + "rows: t.csv\n")
+    write(book, "t.csv", "count\n3\n3.5\n")
     code, output = book.book("sweep", "x")
-    assert code == 1 and output.startswith("nsm-book: book/sweeps/x.csv: line 3: ") and output.count("\n") == 1
+    assert code == 1 and output.startswith("nsm-book: book/sweeps/x.yml: t.csv: line 3: ") and output.count("\n") == 1
     assert not (book.folder / "_build").exists()
-    write(book, "x.csv", "page,count\ngroup/first,3\n")
+    write(book, "t.csv", "count\n3\n")
     code, output = book.book("sweep", "x", "--profile-dir", "profiles/slurm")
     assert code == 1 and "no job on a cluster can begin" in output and not (book.folder / "_build").exists(), output
 
@@ -375,7 +272,8 @@ def test_a_failed_run_is_named_and_stops_no_other(book):
         "    os.kill(os.getpid(), signal.SIGKILL)\nmean = "
     )
     book.edit("book/group/first.md", "\nmean = ", harm)
-    write(book, "x.csv", "page,profile,count\n" + "".join(f"group/first,quick,{n}\n" for n in (13, 3, 14, 4)))
+    write(book, "x.yml", FIRST + "profile: quick\nrows: t.csv\n")
+    write(book, "t.csv", "count\n13\n3\n14\n4\n")
     code, output = book.book("sweep", "x", "--jobs", "2")
     assert code == 1 and "2 of 4 runs failed" in output and "OSError: unlucky" in output
     assert "count=13 (" in output and "count=14 (" in output and "kernel died" in output and "count=3 (" not in output
@@ -448,7 +346,7 @@ def test_a_damaged_run_is_made_again_and_no_other(book):
 
 @kernel
 def test_the_pages_that_a_sweep_needs_run_first_and_again(book):
-    write(book, "x.csv", "page,profile,power\ngroup/second,quick,1\ngroup/second,quick,2\n")
+    write(book, "x.yml", "page: group/second\nprofile: quick\ngrid: {power: [1, 2]}\n")
     code, output = book.book("sweep", "x")
     assert code == 0 and "[1/3] group/first: " in output, output
     assert list(read_table(book, "x")["values.total"]) == [6, 14]
@@ -485,7 +383,7 @@ def test_a_sweep_waits_for_another_and_a_build_for_both(book):
 @pytest.mark.slurm
 @pytest.mark.xdist_group("slurm")
 def test_a_sweep_runs_as_jobs_of_a_real_slurm(book, slurm):
-    write(book, "x.csv", "page,profile,power\ngroup/second,quick,1\ngroup/second,quick,2\n")
+    write(book, "x.yml", "page: group/second\nprofile: quick\ngrid: {power: [1, 2]}\n")
     code, output = book.book("sweep", "x", "--jobs", "4", "--profile-dir", str(book.folder / "profiles/slurm"))
     assert code == 0 and "[3/3] power=" in output, output
     assert list(read_table(book, "x")["values.total"]) == [6, 14]
