@@ -1,221 +1,153 @@
-"""What may be published: a run without an error, a warning, a blank figure or a blank number."""
+"""What may be published: a run without an error, a warning, a blank figure, a blank number, a script, or a typed verdict."""
 
-import html
 import re
 from typing import Any
 
-import nbformat
+from nbformat import NotebookNode
 
+from nsm_book.html_safety import find_script
 from nsm_book.schema import Page, brief, claims_of
 from nsm_support.results import GLUE_MIME, verdict
 
 GLUE_ROLE = re.compile(r"\{glue:\w*\}`([^`:]+)(?::[^`]*)?`")
 PLOTLY = "application/vnd.plotly.v1+json"
+KINDS = ("text/plain", "text/html", GLUE_MIME, PLOTLY, "image/png", "image/jpeg", "image/svg+xml")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+Cells = list[tuple[str, NotebookNode]]  # with where each stands
+Values = dict[str, dict[str, Any]]
+INSERTED = {"injected-parameters", "papermill-error-cell-tag"}  # cells that papermill puts in
 FENCE = re.compile(r"^(`{3,})(?!`)([^\n]*\n)(.*?)^\1`*[ \t]*$", re.DOTALL | re.MULTILINE)
 COMMENT = re.compile(r"^%.*$", re.MULTILINE)
 CODE = re.compile(r"(?<!`)(`{1,2})(?!`).+?(?<!`)\1(?!`)", re.DOTALL)  # and the names of roles
 SHOWN_CODE = re.compile(r"(?<!`)``(?!`).+?(?<!`)``(?!`)", re.DOTALL)
+VERDICT = re.compile(r"\b(?:supported|refuted|undecided)\b", re.IGNORECASE)
+GLUED_VERDICT = re.compile(r"\{glue:\w*\}`[^`]*_verdict[:`]")
 WORDS = r"(?:[^*_]{0,80}?[^\w*_])?(?:supported|refuted|undecided)(?:[^\w*_][^*_]{0,80}?)?"
-TYPED = re.compile(
+EMPHASISED = re.compile(
     rf"(?<![\w*])\*{{1,3}}(?=[^\s*]){WORDS}(?<=[^\s*])\*{{1,3}}(?![\w*])"
     rf"|(?<!\w)_{{1,2}}(?=[^\s_]){WORDS}(?<=[^\s_])_{{1,2}}(?!\w)"
     rf"|<(?:em|strong|i|b)\b[^>]*>{WORDS.replace('[^*_]', '[^<>]')}</\w+>",
     re.IGNORECASE,
 )
-PLAIN = re.compile(r"\b(?:supported|refuted|undecided)\b", re.IGNORECASE)
-SAYS_VERDICT = re.compile(r"\{glue:\w*\}`[^`]*_verdict[:`]")
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
-KINDS = ("text/plain", "text/html", GLUE_MIME, PLOTLY, "image/png", "image/jpeg", "image/svg+xml")
-# HTML in which every < begins a tag or a comment that is read here as a browser reads it: it can hide none.
-VALUE = r"""(?:\s*=\s*(?:"[^"<]*"|'[^'<]*'))?"""
-TOKEN = re.compile(rf"[^<]+|<!--[^<>]*-->|<(/?[a-z][\w:-]*)((?:\s+[\w:.-]+{VALUE})*)\s*/?>", re.IGNORECASE | re.ASCII)
-ATTRIBUTE = re.compile(rf"\s+([\w:.-]+)({VALUE})", re.ASCII)
-ACTIVE = {
-    "script",
-    "iframe",
-    "frame",
-    "object",
-    "embed",
-    "applet",
-    "base",
-    "meta",
-    "link",
-    "form",
-    "portal",
-    "set",
-    "animate",
-    "animatemotion",
-    "animatetransform",
-}  # what runs code, loads it, or puts it in later
-SCRIPT_URL = re.compile(r"(?:javascript|vbscript|data(?!:image/(?:png|jpeg|gif)[;,])):", re.IGNORECASE)
 
 
-def glued(notebook: nbformat.NotebookNode) -> dict[str, dict]:
+def _scraps(cell: NotebookNode) -> list[NotebookNode]:
+    """What `glue` left in the outputs of a cell."""
+    return [output.metadata.scrapbook for output in cell.get("outputs", ()) if "scrapbook" in output.get("metadata", {})]
+
+
+def glued(notebook: NotebookNode) -> Values:
     """The values that a run handed over: name → {value, measured}."""
-    scraps = [
-        output.metadata.scrapbook
-        for cell in notebook.cells
-        for output in cell.get("outputs", ())
-        if "scrapbook" in output.get("metadata", {})
-    ]
+    scraps = [scrap for cell in notebook.cells for scrap in _scraps(cell)]
     return {scrap["name"]: {"value": scrap.get("value"), "measured": scrap.get("measured", False)} for scrap in scraps}
 
 
-def mark_for_comparison(notebook: nbformat.NotebookNode) -> None:
+def mark_for_comparison(notebook: NotebookNode) -> None:
     """Tag the cells whose numbers have to come again, so that nbval compares them: all that glue, but the clock's."""
     for cell in notebook.cells:
-        scraps = [output.metadata.scrapbook for output in cell.get("outputs", ()) if "scrapbook" in output.get("metadata", {})]
-        if scraps and not any(scrap.get("measured") for scrap in scraps):
+        if (scraps := _scraps(cell)) and not any(scrap.get("measured") for scrap in scraps):
             cell.metadata.tags = [*cell.metadata.get("tags", []), "nbval-check-output"]
 
 
-def output_problem(output: nbformat.NotebookNode) -> str | None:
+def output_problem(output: NotebookNode) -> str | None:
     """What keeps one output from being published, or None."""
     if output.output_type == "error":
         return f"{output.ename}: {output.evalue}\n" + ANSI.sub("", "\n".join(output.traceback))
     if output.output_type == "stream" and output.name == "stderr":
         return "wrote to stderr:\n" + output.text.rstrip()
-    data = output.get("data", {})
-    if PLOTLY in data and "text/html" not in data:
+    return _data_problem(output.get("data", {}))
+
+
+def _data_problem(data: dict[str, Any]) -> str | None:
+    if "text/html" in data:
+        if (found := find_script(data["text/html"])) is not None:
+            return f"its HTML holds {brief(found)}: accepts no script but the data of nsm_support.figures.show"
+    elif PLOTLY in data:
         return "a plotly figure without HTML: show it with nsm_support.figures.show"
-    if any(kind.startswith("image/") for kind in data) and "text/html" not in data:
+    elif any(kind.startswith("image/") for kind in data):
         return "an image without alt text: show it with nsm_support.figures.show"
-    for kind in data:
-        if kind not in KINDS:
-            return f"an output of the kind {brief(kind)}: accepts text, tables, and what nsm_support.figures.show makes"
-    found = active(data["text/html"]) if "text/html" in data else None
-    return found and f"its HTML holds {brief(found)}: accepts no script but the data of nsm_support.figures.show"
+    other = next((kind for kind in data if kind not in KINDS), None)
+    return other and f"an output of the kind {brief(other)}: accepts text, tables, and what nsm_support.figures.show makes"
 
 
-def active(text: str) -> str | None:
-    """The first piece of some HTML that may run code in a reader's browser, or is not plainly written; None without one.
-
-    Data are no code: a `script` of the type application/json, as the book's figures have it, is none that runs.
-    """
-    place = 0
-    while place < len(text):
-        token = TOKEN.match(text, place)
-        if token is None:
-            return text[place : place + 60]
-        place, tag, given = token.end(), (token[1] or "").lower(), {}
-        for name, value in ATTRIBUTE.findall(token[2] or ""):
-            given.setdefault(name.lower(), html.unescape(value.lstrip("= \t\r\n\f\v")[1:-1]))  # of two, a browser takes the first
-        runs = tag in ACTIVE and (tag != "script" or given.get("type") != "application/json")
-        if (
-            runs
-            or any(name.startswith("on") or name == "srcdoc" for name in given)
-            or any(
-                SCRIPT_URL.match(re.sub(r"[\x00-\x20]", "", value))
-                for name, value in given.items()
-                if not name.startswith(("aria-", "data-")) and name not in ("alt", "title")
-            )
-        ):  # these are only words
-            return token[0]
-    return None
+def _prose(source: str) -> str:
+    """What a reader reads of a cell of Markdown: neither fenced code nor comments, but all that stands in directives."""
+    return COMMENT.sub("", FENCE.sub(lambda f: f[2] + _prose(f[3]) if f[2].lstrip().startswith("{") else "", source))
 
 
-def prose_of(source: str) -> str:
-    """What a reader is told by a cell of Markdown: neither fenced code nor comments, but all that stands in directives."""
-
-    def kept(fence: re.Match) -> str:
-        return fence[2] + prose_of(fence[3]) if fence[2].lstrip().startswith("{") else ""
-
-    return COMMENT.sub("", FENCE.sub(kept, source))
-
-
-def typed_verdicts(cell: nbformat.NotebookNode) -> list[str]:
+def typed_verdicts(cell: NotebookNode) -> list[str]:
     """Verdicts that a hand wrote: emphasised as only those of a run are, or plain in a paragraph that has one of a run."""
     if cell.cell_type != "markdown":
         return []
-    text = SHOWN_CODE.sub("", prose_of(cell.source))
-    told = [paragraph for paragraph in re.split(r"\n\s*\n", text) if SAYS_VERDICT.search(paragraph)]
-    return [
-        *TYPED.findall(CODE.sub("", text)),
-        *(word for paragraph in told for word in PLAIN.findall(TYPED.sub("", CODE.sub("", paragraph)))),
+    text = SHOWN_CODE.sub("", _prose(cell.source))
+    mixed = [CODE.sub("", paragraph) for paragraph in re.split(r"\n\s*\n", text) if GLUED_VERDICT.search(paragraph)]
+    plain = [word for paragraph in mixed for word in VERDICT.findall(EMPHASISED.sub("", paragraph))]
+    return EMPHASISED.findall(CODE.sub("", text)) + plain
+
+
+def _bad_outputs(page: Page, cells: Cells, values: Values) -> list[str]:
+    outputs = [(where, output_problem(output)) for where, cell in cells for output in cell.get("outputs", ())]
+    return [f"{where}: {problem}" for where, problem in outputs if problem] + [
+        f"{page.name}: {key!r} is glued with a value that no table holds: {brief(entry['value'])}"
+        for key, entry in values.items()
+        if not _storable(entry["value"])
     ]
 
 
-def storable(value: object) -> bool:
+def _storable(value: object) -> bool:
     """Whether the book's tables, of whole numbers of 64 bits and of UTF-8, hold a value."""
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
     return not isinstance(value, str) or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-def problems(notebook: nbformat.NotebookNode, page: Page, prose: bool = True) -> list[str]:
-    """Everything that keeps an executed page from being published, each with its page and cell.
-
-    `prose=False` lets the sentences be, which a rerun with other parameters may leave without some of their numbers.
-    """
-    inserted = {"injected-parameters", "papermill-error-cell-tag"}
-    cells = [cell for cell in notebook.cells if not inserted & set(cell.metadata.get("tags", ()))]
-    keys = glued(notebook)
-    where = {
-        id(cell): f"{page.name}, cell {number} ({next(iter(cell.source.strip().splitlines()), '')[:60]})"
-        for number, cell in enumerate(cells, start=1)
-    }
-    found = [
-        f"{where[id(cell)]}: {problem}"
-        for cell in cells
-        for output in cell.get("outputs", ())
-        if (problem := output_problem(output))
-    ]
-    found += [
-        f"{page.name}: {key!r} is glued with a value that no table holds: {brief(entry['value'])}"
-        for key, entry in keys.items()
-        if not storable(entry["value"])
-    ]
-    if prose and not found:
-        found = [
-            f"{where[id(cell)]}: no cell glues {key!r}"
-            for cell in cells
-            if cell.cell_type == "markdown"
-            for key in GLUE_ROLE.findall(cell.source)
-            if key not in keys
-        ]
-        found += [
-            f"{where[id(cell)]}: {word} is typed by hand: a verdict accepts *{{glue:text}}`ID_verdict`*, and a word that "
-            "is only spoken of neither emphasis nor a verdict in its paragraph"
-            for cell in cells
-            for word in typed_verdicts(cell)
-        ]
-    if prose and not found:
-        texts = [SHOWN_CODE.sub("", prose_of(cell.source)) for cell in cells if cell.cell_type == "markdown"]
-        said = {key for text in texts for key in GLUE_ROLE.findall(text)}
-        found = unanswered(page.name, keys, said)
-    if notebook.metadata.get("papermill", {}).get("exception") and not found:
-        found.append(f"{page.name}: papermill reports an exception that no cell shows")
-    return found
+def _bad_sentences(cells: Cells, values: Values) -> list[str]:
+    """Roles without a value, and verdicts typed by hand."""
+    texts = [(where, cell.source) for where, cell in cells if cell.cell_type == "markdown"]
+    found = [f"{at}: no cell glues {key!r}" for at, text in texts for key in GLUE_ROLE.findall(text) if key not in values]
+    accepted = "a verdict accepts *{glue:text}`ID_verdict`*, and a word that is only spoken of neither emphasis nor a verdict"
+    typed = [(where, word) for where, cell in cells for word in typed_verdicts(cell)]
+    return found + [f"{where}: {word} is typed by hand: {accepted} in its paragraph" for where, word in typed]
 
 
 def answer_keys(id: str) -> dict[str, str]:
     """Under which names a run glues its answer to a claim."""
-    return {"estimate": id, **{field: f"{id}_{field}" for field in ("low", "high", "n", "verdict")}}
+    return {"estimate": id, **{part: f"{id}_{part}" for part in ("low", "high", "n", "verdict")}}
 
 
-def unanswered(page: str, values: dict[str, dict[str, Any]], said: set[str]) -> list[str]:
-    """What keeps a page's run from the ledger: a claim that it does not answer, not by its rule, or not in its prose.
-
-    Args:
-        values: what the run glued, `{name: {"value": …}}`.
-        said: the names that its prose speaks.
-    """
-    found = []
-    for claim in claims_of(page):
-        name = claim.id
+def _bad_answers(page: Page, cells: Cells, values: Values) -> list[str]:
+    """A line for each claim that a page does not answer, not by its rule, or not in its prose."""
+    texts = [SHOWN_CODE.sub("", _prose(cell.source)) for _, cell in cells if cell.cell_type == "markdown"]
+    spoken, found = {key for text in texts for key in GLUE_ROLE.findall(text)}, []
+    for claim in claims_of(page.name):
         try:
-            answer = {field: values[key]["value"] for field, key in answer_keys(name).items()}
-        except KeyError as error:
-            found.append(f"{page}: does not answer {name!r} of book/claims.yml: no cell glues {error}")
-            continue
-        word = answer.pop("verdict")
-        try:
+            answer = {part: values[key]["value"] for part, key in answer_keys(claim.id).items()}
+            word = answer.pop("verdict")
             right = verdict(claim.rule.model_dump(), **answer)
+        except KeyError as error:
+            found.append(f"does not answer {claim.id!r} of book/claims.yml: no cell glues {error}")
         except (ValueError, TypeError) as error:
-            found.append(f"{page}: its answer to {name!r} of book/claims.yml: {error}")
-            continue
-        if word != right:
-            found.append(f"{page}: {name}_verdict is {word!r}, and the rule in book/claims.yml says {right!r}")
-        if f"{name}_verdict" not in said:
-            found.append(f"{page}: no sentence says how {name!r} came out: accepts {{glue:text}}`{name}_verdict`")
+            found.append(f"its answer to {claim.id!r} of book/claims.yml: {error}")
+        else:
+            if word != right:
+                found.append(f"{claim.id}_verdict is {word!r}, and the rule in book/claims.yml says {right!r}")
+            if f"{claim.id}_verdict" not in spoken:
+                found.append(f"no sentence says how {claim.id!r} came out: accepts {{glue:text}}`{claim.id}_verdict`")
+    return [f"{page.name}: {line}" for line in found]
+
+
+def problems(notebook: NotebookNode, page: Page, prose: bool = True) -> list[str]:
+    """Everything that keeps an executed page from being published, each with its page and cell.
+
+    `prose=False` lets the sentences be, which a rerun with other parameters may leave without some of their numbers.
+    """
+    own = [cell for cell in notebook.cells if not INSERTED & set(cell.metadata.get("tags", ()))]
+    heads = [next(iter(cell.source.strip().splitlines()), "")[:60] for cell in own]
+    cells = [(f"{page.name}, cell {place} ({head})", cell) for place, (head, cell) in enumerate(zip(heads, own, strict=True), 1)]
+    values = glued(notebook)
+    found = _bad_outputs(page, cells, values)
+    if prose:
+        found = found or _bad_sentences(cells, values) or _bad_answers(page, cells, values)
+    if notebook.metadata.get("papermill", {}).get("exception") and not found:
+        found.append(f"{page.name}: papermill reports an exception that no cell shows")
     return found
