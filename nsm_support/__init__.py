@@ -1,1 +1,3 @@
-"""Neural state machines, discrete codes and hybrids in PyTorch, and the pipeline that publishes their book."""
+"""Neural state machines, discrete codes and hybrids in PyTorch: the package under the book."""
+
+__version__ = "0.2.0"

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from nsm_support.extras import extra
+
 NUMBERS = ("estimate", "low", "high", "n")
 GLUE_MIME = "application/papermill.record/text/plain"
 RULE = re.compile(r"^(estimate|low|high) (<|<=|>|>=) (-?\d+(?:\.\d+)?)$")
@@ -184,8 +186,8 @@ def claim(id: str, found: Interval | None = None, *, measured: bool = False, **n
     estimate, low, high, n = float(given["estimate"]), float(given["low"]), float(given["high"]), int(given["n"])
     path, word, why = _claims_file(), None, None
     if path is not None:
-        import yaml
-
+        with extra("book"):
+            import yaml
         rules = {entry["id"]: entry["rule"] for entry in yaml.safe_load(path.read_text())}
         if id not in rules:
             raise KeyError(f"claim {id!r} does not stand in {path}, which holds: {', '.join(sorted(rules))}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
+from nsm_support.extras import extra
 from nsm_support.training import CheckpointError
 
 MODEL_TYPE = "minicpm"  #: of the published configs; the fields below tell a BlockFFN from others of that name
@@ -110,8 +111,8 @@ def read_config(folder: str | Path) -> BlockFFNConfig:
 
 def load_tokenizer(source: str | Path):
     """The `tokenizers.Tokenizer` of a checkpoint, from its tokenizer.json. Raises FileNotFoundError if it has none."""
-    from tokenizers import Tokenizer
-
+    with extra("checkpoints"):
+        from tokenizers import Tokenizer
     path = _folder(source) / "tokenizer.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; a checkpoint's tokenizer is read from tokenizer.json alone")
@@ -124,10 +125,8 @@ def _folder(source: str | Path) -> Path:
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source} is no folder, nor the name of a repository ('owner/name')")
-    try:
+    with extra("checkpoints"):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FileNotFoundError(f"{source} is no folder; to fetch it by name, install huggingface_hub") from error
     patterns = [
         "config.json",
         "tokenizer.json",
@@ -156,10 +155,11 @@ def _parts(folder: Path) -> Iterator[dict[str, Tensor]]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        with extra("checkpoints"):
+            from safetensors.torch import load_file
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:

@@ -9,12 +9,15 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
 from nsm_support.data import Split, Text, load_text, split_text
+from nsm_support.extras import extra
 from nsm_support.training import load_model, save_model
+
+with extra("checkpoints"):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SMALLEST = 256  #: tokens of a vocabulary: one for each byte
 

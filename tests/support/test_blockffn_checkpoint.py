@@ -395,7 +395,7 @@ def test_a_repository_is_fetched_by_name_without_its_code(tmp_path, monkeypatch)
         with pytest.raises(FileNotFoundError, match="no folder, nor the name"):
             load_checkpoint(name)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed
-    with pytest.raises(FileNotFoundError, match="install huggingface_hub"):
+    with pytest.raises(ImportError, match=r"huggingface_hub is not installed.* pip install 'nsm-support\[checkpoints\]'"):
         load_checkpoint("owner/BlockFFN")
 
 
