@@ -23,12 +23,23 @@ CHUNK = 2**22
 
 
 class Estimate(NamedTuple):
-    """A number, its 95 % interval, and the number of independent units behind it."""
+    """A number, its 95 % interval, and the number of independent units behind it.
+
+    A format writes it out: `f"{one:.2f}"` is "0.12 [−0.10, 0.34]", and `f"{one:.0%}"` is "12 [−10, 34] %".
+    """
 
     estimate: float
     low: float
     high: float
     n: int
+
+    def __format__(self, spec: str) -> str:
+        if not spec:
+            return str(self)
+        numbers = [f"{value:{spec}}".removesuffix("%") for value in self[:3]]
+        # A minus is one, and what is rounded to nothing has none.
+        estimate, low, high = (text.replace("-", "−" if text.strip("-0.,") else "") for text in numbers)
+        return f"{estimate} [{low}, {high}]" + (" %" if spec.endswith("%") else "")
 
 
 class PermutationTest(NamedTuple):

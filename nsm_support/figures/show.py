@@ -92,12 +92,17 @@ def svg(figure, name: str) -> str:
     return text.replace(INK, "currentColor").replace(GRID, "var(--nsm-grid, #c7c8c9)")
 
 
+def is_range(choices: Sequence) -> bool:
+    """Whether a slider chooses among these: three numbers or more. It opens at its end, a drop-down at its first choice."""
+    return all(isinstance(choice, (int, float)) for choice in choices) and len(choices) > 2
+
+
 def _controls(controls: Mapping[str, Sequence]) -> str:
-    """Native inputs: a range for numbers in order, a drop-down for anything else; the first or last one chosen."""
+    """Native inputs: a range for numbers in order, a drop-down for anything else."""
     parts = []
     for label, choices in controls.items():
         key, text = html.escape(label), [html.escape(str(choice)) for choice in choices]
-        if all(isinstance(choice, (int, float)) for choice in choices) and len(choices) > 2:
+        if is_range(choices):
             last = len(choices) - 1
             parts.append(
                 f'<label>{key} <input type="range" data-control="{key}" min="0" max="{last}" value="{last}" '
@@ -136,7 +141,7 @@ def show(
     """Show a Matplotlib or plotly figure in a page.
 
     Args:
-        figure: a Matplotlib or a plotly figure.
+        figure: a Matplotlib or a plotly figure, or one of `explore`, which has its twin, controls and frames with it.
         name: unique on the page; the figure can be linked to as `#fig-NAME`.
         alt: what is seen, in words, for whoever does not see it.
         caption: what was measured, on what, how often. HTML.
@@ -152,6 +157,8 @@ def show(
     """
     from IPython.display import display
 
+    if hasattr(figure, "frames") and hasattr(figure, "still"):
+        figure, still, controls, frames = figure
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise ValueError(f"show: name {name!r}; accepted: lower-case letters, digits and '-'")
     for what, words in (("alt", alt), ("caption", caption)):

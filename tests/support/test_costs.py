@@ -46,11 +46,10 @@ def test_operations_of_a_linear_map_and_a_convolution(device):
     assert flops(forward(convolution, images)) == 2 * B * 10 * 10 * 4 * 3 * 25
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_operations_of_attention(causal, device, dtype):
-    q, k, v = (torch.randn(B, H, T, D // H, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+def test_operations_of_attention(causal, device):
+    q, k, v = (torch.randn(B, H, T, D // H, device=device, requires_grad=True) for _ in range(3))
 
     def attend():
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -60,12 +59,6 @@ def test_operations_of_attention(causal, device, dtype):
     assert flops(lambda: attend().sum().backward()) == ATTENTION + backward * ATTENTION // 2
     shown = torch.ones(T, T, dtype=torch.bool, device=device)
     assert flops(lambda: F.scaled_dot_product_attention(q, k[:, :, :7], v[:, :, :7], shown[:, :7])) == ATTENTION * 7 // T
-
-
-def test_operations_of_products_with_a_vector():
-    matrix, vector = torch.randn(3, 4), torch.randn(4)
-    assert flops(lambda: matrix @ vector) == flops(lambda: torch.addmv(torch.ones(3), matrix, vector)) == 24
-    assert flops(lambda: vector @ vector) == 8
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -78,10 +71,6 @@ def test_operations_of_recurrent_layers(cell, gates, device):
     both = flops(forward_and_backward(module, tokens(device, grad=True)))
     first = 2 * B * gates * M * M * 2  # the zeros before the first token need no gradient; oneDNN makes it all the same
     assert both in (3 * once, 3 * once - first) and (both == 3 * once) == (cell is nn.LSTM and device == "cpu")
-
-
-def test_operations_of_one_step_of_a_gru():
-    assert flops(forward(nn.GRUCell(D, 6), torch.randn(B, D))) == 2 * B * 3 * 6 * (D + 6)
 
 
 @pytest.mark.parametrize(
@@ -117,17 +106,6 @@ def test_pointwise_operations_count_when_asked_for():
 
     assert flops(run) == 2 * 3 * 3 * 5
     assert flops(run, pointwise=True) == 2 * 3 * 3 * 5 + 3 * 15
-
-
-def test_inference_mode_counts_alike():
-    module, inputs = nn.GRU(D, D), tokens()  # inference mode leaves it whole, for the counter to take apart
-
-    def infer():
-        with torch.inference_mode():
-            module(inputs)
-
-    for pointwise in (False, True):
-        assert flops(infer, pointwise=pointwise) == flops(forward(module, inputs), pointwise=pointwise) > 0
 
 
 def test_counting_leaves_torch_as_it_was():
@@ -166,8 +144,6 @@ def test_seconds_takes_the_functions_in_turn():
     assert min(taken["a"]) >= 0.001 and 0.02 <= min(taken["b"]) < 0.2
     with pytest.raises(ValueError, match="at least one function and one round; got 1 and 0"):
         seconds({"a": dict}, rounds=0)
-    with pytest.raises(ValueError, match="got 0 and 3"):
-        seconds({}, rounds=3)
 
 
 @pytest.fixture

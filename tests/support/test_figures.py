@@ -5,13 +5,15 @@ import re
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
 from nsm_book import gate
 from nsm_support import figures
-from nsm_support.figures import COLORS, PALETTE, setup_style, show, svg
+from nsm_support.figures import COLORS, PALETTE, Bars, Heat, Line, Panel, setup_style, show, svg
+from nsm_support.statistics import Estimate
 
 WORDS = {"name": "curve", "alt": "A curve that rises to the right", "caption": "Squares of the first three numbers."}
 
@@ -136,3 +138,63 @@ def test_table_escapes_names_its_rows_and_links(shown):
 def test_table_refuses_what_does_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         figures.table(pd.DataFrame({"a": [1, 2]}), **({"label": "Two rows"} | change))
+
+
+def test_intervals_stand_in_rows_with_their_runs():
+    _, axes = plt.subplots()
+    some = {"one": Estimate(2.0, 1.0, 4.0, 3), "none": None, "two": Estimate(5.0, 5.0, 6.0, 3)}
+    figures.intervals(axes, some, color=PALETTE[:3], runs=[[1, 3], [9], [5]], beside=0.25)
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(some) and axes.get_ylim() == (2.5, -0.5)
+    runs, marks = axes.lines[:3], axes.lines[3:]
+    assert [line.get_xydata().tolist() for line in runs] == [[[1, 0.25], [3, 0.25]], [[9, 1.25]], [[5, 2.25]]]
+    assert [line.get_xydata().tolist() for line in marks] == [[[2, 0]], [], [[5, 2]]]
+    assert [line.get_color() for line in marks] == list(PALETTE[:3])
+    bars = [bar.get_segments() for bar in axes.collections]
+    assert bars[0][0].tolist() == [[1, 0], [4, 0]] and bars[2][0].tolist() == [[5, 2], [6, 2]]
+
+
+def test_upright_intervals_may_be_joined_and_stand_where_they_are_put():
+    _, axes = plt.subplots()
+    figures.intervals(axes, [Estimate(2.0, 1.0, 4.0, 3)] * 2, at=[1, 8], vertical=True, ls="-")
+    assert axes.lines[0].get_xydata().tolist() == [[1, 2], [8, 2]] and axes.lines[0].get_linestyle() == "-"
+    assert axes.collections[0].get_segments()[1].tolist() == [[8, 1], [8, 4]]
+
+
+def panels(kind, step):
+    scale = 2 if kind == "up" else -2
+    line = Line([0, 1, 2], np.array([0, 1, 4]) * scale * step, "a line", dash="--", band=([0, 0, 0], [1, 2, 3]))
+    cells = Heat([[0.0, float("nan")], [step, 1.0]], ["x", "y"], limits=(0, 3), numbers=True, notes=[["p", "q"], ["r", "s"]])
+    return [Panel([line], "lines", ylim=(-9, 9)), Panel([cells], "cells", square=True), Panel([Bars([0, 1], [3, 4])], bare=True)]
+
+
+def test_one_description_makes_the_figure_and_its_twin(shown):
+    explorer = figures.explore(panels, {"Kind": ["up", "down"], "Step": [1, 2, 3]}, columns=2)
+    band, line, cells, bars = explorer.figure.data
+    assert list(line.y) == [0, 6, 24] and line.line.dash == "dash" and line.showlegend and not band.showlegend  # opens at 3
+    assert list(band.y) == [1, 2, 3, 0, 0, 0] and list(cells.z[0]) == [0.0, None] and cells.texttemplate == "%{z}"
+    assert list(bars.y) == [3, 4]
+    assert explorer.figure.layout.xaxis2.type == "category" and explorer.figure.layout.yaxis2.autorange == "reversed"
+    frame = explorer.frames["down", 1]  # what does not change is not repeated
+    assert frame == [{}, {"y": [0, -2, -8]}, {"z": [[0.0, None], [1.0, 1.0]]}, {}]
+    lines, table, *_ = explorer.still.axes
+    assert lines.lines[0].get_ydata().tolist() == [0, 6, 24] and lines.get_ylim() == (-9, 9) and lines.get_title() == "lines"
+    assert [text.get_text() for text in table.texts] == ["0", "3", "1"]  # an empty cell has no number
+    show(explorer, **WORDS)
+    assert '<select data-control="Kind">' in shown[0]["text/html"] and "nsm-still" in shown[0]["text/html"]
+
+
+def test_a_still_twin_may_show_several_choices():
+    explorer = figures.explore(panels, {"Kind": ["up", "down"], "Step": [1, 2, 3]}, columns=3, stills=[("up", 1), ("down", 2)])
+    assert [axes.get_title() for axes in explorer.still.axes[:6]] == [
+        "lines, up, Step = 1",
+        "cells, up, Step = 1",
+        "up, Step = 1",
+        "lines, down, Step = 2",
+        "cells, down, Step = 2",
+        "down, Step = 2",
+    ]
+
+
+def test_choices_with_other_lines_are_refused():
+    with pytest.raises(ValueError, match=r"explore: \(2,\) has other lines or tables than \(1,\)"):
+        figures.explore(lambda n: [Panel([Line([0], [0])] * n)], {"n": [1, 2]})

