@@ -121,25 +121,19 @@ def test_counting_leaves_torch_as_it_was():
 
 
 def test_seconds_takes_the_functions_in_turn():
-    order, threads = [], torch.get_num_threads()
-    seen = []
+    seen, threads = [], torch.get_num_threads()
 
-    def function(name, pause):
-        def run():
-            order.append(name)
-            seen.append((torch.get_num_threads(), gc.isenabled()))
-            time.sleep(pause)
-
-        return run
+    def run(name, pause):
+        seen.append((name, torch.get_num_threads(), gc.isenabled()))
+        time.sleep(pause)
 
     torch.set_num_threads(2)
     try:
-        taken = seconds({"a": function("a", 0.001), "b": function("b", 0.02)}, rounds=3)
+        taken = seconds({"a": lambda: run("a", 0.001), "b": lambda: run("b", 0.02)}, rounds=3)
         assert torch.get_num_threads() == 2 and gc.isenabled()
     finally:
         torch.set_num_threads(threads)
-    assert order == ["a", "b"] * 4  # once to warm up
-    assert seen[:2] == [(1, True)] * 2 and seen[2:] == [(1, False)] * 6
+    assert seen == [("a", 1, True), ("b", 1, True)] + [("a", 1, False), ("b", 1, False)] * 3  # once to warm up
     assert {name: len(times) for name, times in taken.items()} == {"a": 3, "b": 3}
     assert min(taken["a"]) >= 0.001 and 0.02 <= min(taken["b"]) < 0.2
     with pytest.raises(ValueError, match="at least one function and one round; got 1 and 0"):
