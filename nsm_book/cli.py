@@ -103,9 +103,10 @@ def diff(first, second):
     from rich.console import Console
 
     from nsm_book import diff
+    from nsm_book.stores import read_store
 
     try:
-        found = diff.compare(diff.read_store(first), diff.read_store(second))
+        found = diff.compare(read_store(first), read_store(second))
     except BookError as error:
         click.echo(f"nsm-book: {error}", err=True)
         sys.exit(2)

@@ -10,12 +10,14 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from nsm_book import BookError, collect, diff
+from nsm_book import BookError, collect, diff, stores
 from nsm_book.cli import main
+from nsm_book.diff import BEYOND, OTHER, VERDICTS, Shown
+from nsm_book.stores import Run, read_store
 
 
-def run(page="group/first", parameters=None, **values) -> diff.Run:
-    return diff.Run(page, parameters or {}, values)
+def run(page="group/first", parameters=None, **values) -> Run:
+    return Run(page, parameters or {}, values)
 
 
 def estimate(key, value, low, high, n=6) -> dict:
@@ -54,65 +56,59 @@ def record(page="group/first", parameters=None, **values) -> dict:
         (True, (2.0, 3.0), 0.0),
     ],
 )
-def test_moved_counts_half_widths_outside_the_interval(second, span, expected):
-    assert diff.moved(second, span) == expected
+def test_beyond_counts_half_widths_outside_the_interval(second, span, expected):
+    assert Shown(0.5, span).beyond(second) == expected
 
 
 def test_what_moved_farthest_comes_first_and_what_stayed_within_does_not_count():
     first = run(**estimate("a", 0.5, 0.0, 1.0), **estimate("b", 5.0, 4.0, 6.0), **estimate("c", 1.0, 0.0, 2.0), plain=3, same=7)
     second = run(**estimate("a", 1.5, 1.0, 2.0), **estimate("b", 9.0, 8.0, 9.5), **estimate("c", 1.9, 1.0, 2.5), plain=4, same=7)
     found = diff.compare([first], [second])
-    assert [(value.key, value.moved) for value in found.beyond] == [("b", 3.0), ("a", 1.0)]
-    assert [value.key for value in found.other] == ["c", "plain"] and found.equal == 1
-    assert found.beyond[0].first_interval == (4.0, 6.0) and found.beyond[0].second_interval == (8.0, 9.5)
-    assert found.matters and found.verdicts == [] and found.only_first == found.only_second == []
+    assert found.rows[BEYOND] == [
+        ("group/first", "b", Shown(5.0, (4.0, 6.0)), Shown(9.0, (8.0, 9.5)), 3.0),
+        ("group/first", "a", Shown(0.5, (0.0, 1.0)), Shown(1.5, (1.0, 2.0)), 1.0),
+    ]
+    assert [row[1] for row in found.rows[OTHER]] == ["c", "plain"] and found.equal == 1 and found.matters
+    assert not any(found.rows[title] for title in diff.HEADS if title not in (BEYOND, OTHER))
 
 
-def test_an_estimate_that_stayed_while_its_interval_changed_is_told_but_does_not_matter():
+def test_an_interval_that_changed_alone_is_listed_and_does_not_matter():
     found = diff.compare([run(**estimate("a", 0.5, 0.0, 1.0))], [run(**estimate("a", 0.5, 0.4, 0.6))])
-    assert [value.key for value in found.other] == ["a"] and found.equal == 0 and not found.matters
+    assert [row[1] for row in found.rows[OTHER]] == ["a"] and found.equal == 0 and not found.matters
 
 
-def test_what_is_told_with_nothing_else_has_a_line_of_its_own():
+def test_what_is_listed_with_nothing_else_has_a_line_of_its_own():
     found = diff.compare(
         [run(**estimate("a", 0.5, 0.0, 1.0, n=3), b=1, b_high=3, c=1, c_n="x")],
         [run(**estimate("a", 0.5, 0.0, 1.0, n=300), b=1, b_high=99, c=1, c_n="x")],
     )
-    assert [value.key for value in found.other] == ["a_n", "b_high"] and found.equal == 3 and not found.beyond
-
-
-def test_parameters_of_runs_that_meet_are_told_where_they_differ():
-    found = diff.compare([run(parameters={"count": 3, "seed": 1}, mean=2.0)], [run(parameters={"count": 5, "seed": 1}, mean=2.0)])
-    assert found.parameters == [("group/first", "count", 3, 5)] and found.equal == 1
-    console = Console(file=io.StringIO(), width=100)
-    diff.show(found, "a", "b", console)
-    assert "Parameters that differ (1)" in console.file.getvalue()
+    assert [row[1] for row in found.rows[OTHER]] == ["a_n", "b_high"] and found.equal == 3 and not found.rows[BEYOND]
 
 
 def test_a_changed_verdict_matters_with_its_reasons_and_only_once():
     first = run(**estimate("c", 1.0, 0.5, 1.5), c_verdict="supported", c_reason="low > 0")
     second = run(**estimate("c", 1.2, -0.5, 2.5), c_verdict="undecided", c_reason="n = 3, and the rule asks for 6")
     found = diff.compare([first], [second])
-    assert found.verdicts == [("group/first", "c", "supported", "undecided", "low > 0", "n = 3, and the rule asks for 6")]
-    assert [value.key for value in found.other] == ["c"] and found.beyond == [] and found.matters
+    assert found.rows[VERDICTS] == [("group/first", "c", "supported", "undecided", "low > 0", "n = 3, and the rule asks for 6")]
+    assert [row[1] for row in found.rows[OTHER]] == ["c"] and not found.rows[BEYOND] and found.matters
     assert not diff.compare([first], [first]).matters
 
 
 def test_what_one_store_alone_has_names_the_run_or_the_value_and_no_parts():
     new = {**estimate("new", 1.0, 0.0, 2.0), "new_verdict": "supported", "new_reason": "low > 0"}
-    first = [run(**new, shared=1), run("group/gone", x=1)]
-    found = diff.compare(first, [run(shared=1, later=2)])
-    assert found.only_first == ["group/first: new", "group/gone"] and found.only_second == ["group/first: later"]
-    assert not found.matters
+    found = diff.compare([run(**new, shared=1), run("group/gone", x=1)], [run(shared=1, later=2)])
+    assert found.rows["Only in A"] == [("group/first: new",), ("group/gone",)]
+    assert found.rows["Only in B"] == [("group/first: later",)] and not found.matters
 
 
 def test_a_page_that_stands_once_meets_whatever_its_parameters_and_others_by_those_that_differ():
-    one = diff.compare([run(parameters={"count": 3}, x=1)], [run(parameters={"count": 5}, x=2)])
-    assert [value.run for value in one.other] == ["group/first"]
+    found = diff.compare([run(parameters={"count": 3, "seed": 1}, x=1)], [run(parameters={"count": 5, "seed": 1}, x=2)])
+    assert [row[0] for row in found.rows[OTHER]] == ["group/first"]
+    assert found.rows["Parameters that differ"] == [("group/first", "count", Shown(3), Shown(5))]
     table = [run(parameters={"count": c, "kind": "up"}, x=c) for c in (3, 5)]
-    many = diff.compare(table, [run(parameters={"count": 5, "kind": "up"}, x=6), run(parameters={"count": 7, "kind": "up"}, x=7)])
-    assert [(value.run, value.first, value.second) for value in many.other] == [("group/first count=5", 5, 6)]
-    assert many.only_first == ["group/first count=3"] and many.only_second == ["group/first count=7"]
+    many = diff.compare(table, [run(parameters={"count": c, "kind": "up"}, x=x) for c, x in ((5, 6), (7, 7))])
+    assert many.rows[OTHER] == [("group/first count=5", "x", Shown(5), Shown(6))]
+    assert many.rows["Only in A"] == [("group/first count=3",)] and many.rows["Only in B"] == [("group/first count=7",)]
 
 
 def test_one_run_twice_in_a_store_is_refused():
@@ -129,10 +125,10 @@ def test_all_kinds_of_stores_hold_the_same(tmp_path):
         (tmp_path / "runs" / str(number) / "results.json").write_text(json.dumps([entry]))
     (tmp_path / "runs" / ".killed").mkdir()
     (tmp_path / "runs" / ".killed" / "results.json").write_text("half of")
-    stores = [diff.read_store(str(tmp_path / name)) for name in ("results.json", "results.parquet", "runs", ".")]
+    stores = [read_store(str(tmp_path / name)) for name in ("results.json", "results.parquet", "runs", ".")]
     for other in stores[1:]:
         found = diff.compare(stores[0], other)
-        assert found.equal == 4 and not found.other and not found.only_first and not found.only_second
+        assert found.equal == 4 and not any(found.rows.values())
 
 
 def test_a_table_of_a_sweep_gives_its_finished_runs(tmp_path):
@@ -147,14 +143,14 @@ def test_a_table_of_a_sweep_gives_its_finished_runs(tmp_path):
         }
     )
     pyarrow.parquet.write_table(table, tmp_path / "s.parquet")
-    assert diff.read_store(str(tmp_path / "s.parquet")) == [run(parameters={"count": 3}, mean=2.0)]
+    assert read_store(str(tmp_path / "s.parquet")) == [run(parameters={"count": 3}, mean=2.0)]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
         ("half.json", b'[{"page": "group/first"', "half.json is no results.json of this book, or not whole: JSONDecodeError"),
-        ("other.json", b'[{"page": "group/first"}]', "is no results.json of this book, or not whole: KeyError 'all_parameters'"),
+        ("other.json", b'[{"page": "group/first"}]', "is no results.json of this book, or not whole: KeyError 'values'"),
         ("deep.json", b"[" * 100_000, "deep.json is no results.json of this book, or not whole: RecursionError"),
         ("list.json", b"[3]", "list.json is no results.json of this book, or not whole: TypeError"),
         ("half.parquet", b"PAR1", "half.parquet is no whole Parquet file"),
@@ -164,7 +160,7 @@ def test_a_table_of_a_sweep_gives_its_finished_runs(tmp_path):
 def test_what_is_no_store_is_refused(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BookError) as refused:
-        diff.read_store(str(tmp_path / name))
+        read_store(str(tmp_path / name))
     assert told in str(refused.value)
 
 
@@ -173,41 +169,42 @@ def test_a_damaged_store_that_can_still_be_read_is_refused(tmp_path):
     collect.write_table(records, tmp_path / "results.parquet")
     records[0]["checksum"] = collect.checksum(records[0])
     (tmp_path / "results.json").write_text(json.dumps(records))
-    assert diff.read_store(str(tmp_path / "results.parquet")) == diff.read_store(str(tmp_path / "results.json"))
+    assert read_store(str(tmp_path / "results.parquet")) == read_store(str(tmp_path / "results.json"))
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes().replace(b"supported", b"unsported"))
         with pytest.raises(BookError, match=r"not whole|no whole"):
-            diff.read_store(str(path))
+            read_store(str(path))
 
 
 def test_a_parquet_file_of_something_else_is_refused(tmp_path):
     row = {name: ["x"] for name in ("page", "parameters", "key", "value", "text")}  # no profile
     pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / "other.parquet")
     with pytest.raises(BookError, match=r"neither a results\.parquet nor a sweep's table"):
-        diff.read_store(str(tmp_path / "other.parquet"))
+        read_store(str(tmp_path / "other.parquet"))
 
 
 def test_names_without_a_store_say_how_to_make_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(diff, "BUILD", tmp_path)
-    monkeypatch.setattr(diff, "sweeps", lambda: {"states": tmp_path})
+    monkeypatch.setattr(stores, "BUILD", tmp_path)
+    monkeypatch.setattr(stores, "sweeps", lambda: {"states": tmp_path})
     (tmp_path / "empty").mkdir()
     for given, told in [
-        ("quick", "the quick profile has no results yet: make book PROFILE=quick"),
-        ("states", "the sweep states has no table yet: nsm-book sweep states"),
+        ("quick", "quick has no results yet: make book PROFILE=quick"),
+        ("states", "states has no results yet: nsm-book sweep states"),
         ("sttaes", "unknown store 'sttaes'; nearest: states; accepted: quick, full, states, or a profile"),
         (str(tmp_path / "empty"), "empty holds no results.json"),
     ]:
         with pytest.raises(BookError) as refused:
-            diff.read_store(given)
+            read_store(given)
         assert told in str(refused.value)
     (tmp_path / "results" / "quick").mkdir(parents=True)
     (tmp_path / "results" / "quick" / "results.json").write_text(json.dumps([record(x=1)]))
-    assert diff.read_store("quick") == [run(x=1)]
+    assert read_store("quick") == [run(x=1)]
 
 
 def test_the_command_prints_what_moved_first_and_ends_as_it_says(tmp_path):
-    first = record(**estimate("mean", 2.0, 1.0, 3.0), **estimate("c", 1, 0.5, 2), c_verdict="supported", c_reason="yes", gone=1)
-    second = record(**estimate("mean", 9.0, 8.0, 9.5), **estimate("c", 1, -1, 2), c_verdict="undecided", c_reason="no", came=1)
+    c = estimate("c", 1, 0.5, 2), estimate("c", 1, -1, 2)
+    first = record("a", {"x": 3}, **estimate("mean", 2.0, 1.0, 3.0), **c[0], c_verdict="supported", c_reason="yes", gone=1)
+    second = record("a", {"x": 5}, **estimate("mean", 9.0, 8.0, 9.5), **c[1], c_verdict="undecided", c_reason="no", came=1)
     for name, one in (("a.json", first), ("b.json", second)):
         (tmp_path / name).write_text(json.dumps([one]))
     a, b = str(tmp_path / "a.json"), str(tmp_path / "b.json")
@@ -221,6 +218,7 @@ def test_the_command_prints_what_moved_first_and_ends_as_it_says(tmp_path):
             "Only in A",
             "Only in B",
             "Changed within the interval",
+            "Parameters that differ (1)",
         )
     ]
     assert order == sorted(order) and "2 [1, 3]" in done.output and "9 [8, 9.5]" in done.output
