@@ -5,7 +5,7 @@ Letters: B batch, T tokens, D token width. α is Mamba's share: 0 is attention, 
 A gate is a signal per token, on which α rises, and a shape: hard, α = 1 where the signal reaches a threshold, else 0;
 or soft, α = σ((signal − threshold) / scale). `hybrid.calibrate` sets the threshold so that the mean of α is the one asked
 for: gates are compared at the same mean, the hard with the hard and the soft with the soft. Many tokens share a sparsity;
-those that stand exactly at a hard gate's threshold are parted by lot, or the mean could not be met.
+ties at a hard gate's threshold are broken at random, or the mean could not be met.
 """
 
 import torch
@@ -29,7 +29,7 @@ MODES = ("fixed", *(f"{signal}_{shape}" for signal in SIGNALS for shape in SHAPE
 class Gate(nn.Module):
     """α of each token, 0 … 1: [B,T], bool from a hard gate, float from a soft one.
 
-    Draws and lots belong to the places of a batch and never change: equal calls, equal bits.
+    Random draws belong to the places of a batch and never change: equal calls, equal bits.
 
     Shuffled gates look ahead: an α may come from a later token of the sequence. They are controls, not causal models.
     The others are causal, the oracle among them.
@@ -39,11 +39,16 @@ class Gate(nn.Module):
         alpha: the mean of α to calibrate for; of "fixed", α itself.
         width: D, for "learned".
         temperature: scale of a soft gate, in standard deviations of the signal (of "learned", in its own units).
-        seed: of draws and lots. Give each layer its own.
+        seed: of the random draws. Give each layer its own.
 
     Raises:
         ValueError: for another mode, an alpha outside 0 … 1, a temperature not above 0, "learned" without a width.
     """
+
+    threshold: Tensor
+    scale: Tensor
+    tie_limit: Tensor  # at the threshold, tokens whose draw is below this go to Mamba
+    profile: Tensor
 
     def __init__(self, mode: str, alpha: float = 0.5, *, width: int | None = None, temperature: float = 0.5, seed: int = 0):
         super().__init__()
@@ -55,7 +60,7 @@ class Gate(nn.Module):
         self.hard, self.calibrating = shape == "hard", False
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
-        self.register_buffer("lot", torch.ones((), dtype=torch.float64))  # at the threshold, lots below this go to Mamba
+        self.register_buffer("tie_limit", torch.ones((), dtype=torch.float64))
         if self.kind == "position":
             self.register_buffer("profile", torch.zeros(0))
         if self.kind == "learned":
@@ -87,7 +92,7 @@ class Gate(nn.Module):
             raise ValueError(f"the gate {self.mode!r} has no threshold yet: calibrate it, or set `threshold`")
         if self.hard:
             signal = signal.double()  # as in calibration: a float32 signal would round the threshold to itself
-            alpha = (signal > self.threshold) | ((signal == self.threshold) & (self._draws(x)[1] < self.lot))
+            alpha = (signal > self.threshold) | ((signal == self.threshold) & (self._draws(x)[1] < self.tie_limit))
         else:
             alpha = ((signal - self.threshold) / self.scale).sigmoid().to(x.dtype)
         return alpha.gather(1, self._draws(x)[0].argsort(1)) if self.kind == "shuffled" else alpha
@@ -97,33 +102,34 @@ class Gate(nn.Module):
             return self.map(x)[..., 0]
         if self.kind == "random":
             return self._draws(x)[0]
-        if self.kind == "oracle":
-            return -distance
-        if self.kind != "position":
-            return sparsity
-        if self.calibrating:
-            self.profile = sparsity.mean(0)
+        if self.kind != "position" or self.calibrating:
+            signal = distance if self.kind == "oracle" else sparsity
+            if signal is None:
+                raise ValueError(f"the gate {self.mode!r} needs {'a distance' if self.kind == 'oracle' else 'the sparsity'}")
+            if self.kind != "position":
+                return -signal if self.kind == "oracle" else signal
+            self.profile = signal.mean(0)
         if x.shape[1] > len(self.profile):
             raise ValueError(f"the position gate knows {len(self.profile)} places; got a sequence of {x.shape[1]}")
         return self.profile[: x.shape[1]].expand(x.shape[:2])
 
     def _draws(self, x: Tensor) -> Tensor:
-        """Two uniform numbers for each place [2,B,T]: its draw, and its lot. The same at every call, and for any T."""
+        """Two uniform numbers for each place [2,B,T]: a signal, and what breaks ties. The same at every call, and for any T."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.rand((x.shape[1], x.shape[0], 2), generator=generator).permute(2, 1, 0).to(x.device)
 
-    def _calibrate(self, signal: Tensor, lots: Tensor) -> None:
-        """Set the threshold (and, hard, the lot) at which the mean of α over this signal [B,T] is `alpha`."""
+    def _calibrate(self, signal: Tensor, draws: Tensor) -> None:
+        """Set the threshold (and, hard, the limit for ties) at which the mean of α over this signal [B,T] is `alpha`."""
         if self.hard:
             count = round(self.alpha * signal.numel())  # tokens for Mamba
             ends = signal.new_tensor([torch.inf, -torch.inf])
             ordered = torch.cat((ends[:1], signal.flatten().sort(descending=True).values, ends[1:]))
             last, after = ordered[count], ordered[count + 1]  # of Mamba's tokens, and of attention's first
-            # Between two values a threshold is safe from rounding; where they are one value, lots part its tokens.
+            # Between two values a threshold is safe from rounding; where they are one value, the draws break the tie.
             self.threshold.copy_(after if last == after else (last + after) / 2)
-            tied = lots[signal == self.threshold].sort().values
+            tied = draws[signal == self.threshold].sort().values
             winners = count - int((signal > self.threshold).sum())
-            self.lot.copy_(tied[winners] if winners < len(tied) else tied.new_ones(()))
+            self.tie_limit.copy_(tied[winners] if winners < len(tied) else tied.new_ones(()))
             return
         if self.alpha in (0, 1):
             raise ValueError(f"no soft gate has a mean of {self.alpha}; use 'fixed'")

@@ -79,9 +79,9 @@ class GatedHybridLayer(nn.Module):
         h = self.layer.input_layernorm(x)
         sparsity = self._sparsity(x, previous) if self.gate.needs_routing else None
         if self.gate.kind == "oracle":
-            heard, scanned = self.layer.self_attn(h), self.sidecar(h)
-            alpha = self.gate(h, distance=(heard - scanned).square().mean(-1))
-            return torch.lerp(heard, scanned, alpha.to(h.dtype)[..., None])
+            attended, scanned = self.layer.self_attn(h), self.sidecar(h)
+            alpha = self.gate(h, distance=(attended - scanned).square().mean(-1))
+            return torch.lerp(attended, scanned, alpha.to(h.dtype)[..., None])
         alpha = self.gate(h, sparsity)
         if not alpha.any():
             return self.layer.self_attn(h)
@@ -98,7 +98,7 @@ class GatedHybridLayer(nn.Module):
             if previous is None:
                 raise ValueError("no routed layer comes before this one; source='own' asks its own router")
             return token_sparsity(previous.scores.detach())
-        # From the weights, so that who listens to the router hears what the FFN asks it and nothing else.
+        # From the weights, so that hooks on the router see what the FFN asks it and nothing else.
         z = self.layer.post_attention_layernorm(x)
         return token_sparsity(F.relu(F.linear(z, self.layer.mlp.router_proj.weight)).detach())
 
@@ -111,8 +111,8 @@ def put_attention(attention: nn.Module, h: Tensor, scanned: Tensor, chosen: Tens
     count = chosen.sum(1)
     places = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(count.max())]  # chosen first, in order
     real = torch.arange(places.shape[1], device=h.device) < count[:, None]
-    heard = attention(h, places.where(real, 0))
-    return scanned.index_put(chosen.nonzero(as_tuple=True), heard[real])  # both in order of (row, place)
+    attended = attention(h, places.where(real, 0))
+    return scanned.index_put(chosen.nonzero(as_tuple=True), attended[real])  # both in order of (row, place)
 
 
 def attach(
@@ -172,22 +172,22 @@ def calibrate(model: BlockFFNModel, tokens: Tensor) -> dict[int, float]:
     return {index: alphas[0].double().mean().item() for index, alphas in record.items()}
 
 
-def distillation_errors(model: BlockFFNModel, sidecars: Mapping[str, MambaSidecar], tokens: Tensor) -> dict[str, Tensor]:
+def distillation_errors(model: BlockFFNModel, sidecars: Mapping[int, MambaSidecar], tokens: Tensor) -> dict[int, Tensor]:
     """How far each sidecar is from the attention of its layer, on the layer's own input: mean of ‖Mamba(h) − Attn(h)‖²
-    over mean of ‖Attn(h)‖² (1 is what silence scores). No gradient reaches the model.
+    over mean of ‖Attn(h)‖² (1 is what an output of zero scores). No gradient reaches the model.
 
     Args:
-        sidecars: by layer number, as a string (the keys of an `nn.ModuleDict`). tokens: [B,T].
+        sidecars: by layer number. tokens: [B,T].
 
     Raises:
         ValueError: if a sidecar is attached: then the layers' own inputs are not to be had.
     """
     if any(isinstance(layer, GatedHybridLayer) for layer in model.layers):
         raise ValueError("sidecars are attached; detach them before they are distilled")
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
     hooks = [
-        model.layers[int(index)].self_attn.register_forward_hook(
-            lambda attention, arguments, heard, index=index: seen.update({index: (arguments[0], heard)})
+        model.get_submodule(f"model.layers.{index}.self_attn").register_forward_hook(
+            lambda attention, arguments, output, index=index: seen.update({index: (arguments[0], output)})
         )
         for index in sidecars
     ]
@@ -217,13 +217,14 @@ def distil(
     """
     students = nn.ModuleDict({str(index): sidecar for index, sidecar in sidecars.items()})
 
-    def loss(students: nn.ModuleDict, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.stack(list(distillation_errors(model, students, batch[0]).values())).mean()
+    def loss(_: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.stack(list(distillation_errors(model, sidecars, batch[0]).values())).mean()
 
-    def evaluate(students: nn.ModuleDict) -> dict[str, Tensor]:
-        return {f"layer_{index}": e for index, e in distillation_errors(model, students, held_out).items()}
+    def evaluate(_: nn.Module) -> dict[str, float]:
+        errors = {} if held_out is None else distillation_errors(model, sidecars, held_out)
+        return {f"layer_{index}": error.item() for index, error in errors.items()}
 
-    return fit(students, sample_batch, loss, config, evaluate=None if held_out is None else evaluate)
+    return fit(students, sample_batch, loss, config, evaluate=evaluate)
 
 
 def tune(
@@ -244,7 +245,7 @@ def tune(
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        return fit(model, sample_batch, lambda model, batch: losses(model, batch).cross_entropy, config, evaluate=evaluate)
+        return fit(model, sample_batch, lambda _, batch: losses(model, batch).cross_entropy, config, evaluate=evaluate)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -2,8 +2,13 @@
 
 from nsm_support.crystalline.automata import FiniteStateMachine, FSMConfig
 from nsm_support.crystalline.codes.alignment import compute_state_code_alignment, plot_code_state_alignment
-from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig, straight_through
-from nsm_support.crystalline.codes.losses import commitment_loss, compression_loss
+from nsm_support.crystalline.codes.bottleneck import (
+    Bottleneck,
+    BottleneckConfig,
+    commitment_loss,
+    compression_loss,
+    straight_through,
+)
 from nsm_support.crystalline.codes.schedules import temperature_at
 from nsm_support.crystalline.codes.transformer import CrystallineConfig, CrystallineTransformer, ModelConfig
 

@@ -1,4 +1,4 @@
-"""One model on one task at one learning rate from one seed; and many of these at once, with the rate chosen alike for all.
+"""One model on one task at one learning rate from one seed; the rate is chosen in the same way for all models.
 
 The models are `NSM` and the baselines, each as wide as brings it within 5 % of the Transformer's parameters. The rate is
 chosen on the validation part with the first seed, from the same grid for every model; the test part is scored afterwards
@@ -6,21 +6,20 @@ and chooses nothing.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, dataclass, field
-from functools import cache, partial
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from nsm_support.mixers.baselines import BASELINES, BaselineConfig, SmallCNN, count_parameters, match_parameters
 from nsm_support.nsm.models import NSM, NSMConfig
+from nsm_support.studies.protocol import FittedRun, Row, Scores
 from nsm_support.tasks import IGNORE, Batch, Score, Task, make_task, score
-from nsm_support.training import TrainingConfig, evaluating, fit
-from nsm_support.workers import run_all
+from nsm_support.training import evaluating
 
 MODELS = ("NSM", *BASELINES)
 FOLDED = ("mnist", "permuted_mnist")
@@ -29,144 +28,162 @@ FOLDS = 5
 EVALUATION_BATCH = 250
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How the models are trained on one task: the same for all of them but for the fields of `NSMConfig` in `nsm`."""
-
-    task: str
-    _: KW_ONLY
-    steps: int
-    batch_size: int
-    width: int = 64  # of the Transformer; all others have as many parameters
-    num_layers: int = 2
-    positions: str = "none"  # "learned" adds a table of positions to the tokens, in every model
-    lengths: tuple[int, ...] = ()  # at which the task is tested, where it has more than one
-    held_out: int | None = None  # examples of validation and of test; None: the task's own number
-    sizes: dict[str, Any] = field(default_factory=dict, hash=False)  # of the task
-    nsm: dict[str, Any] = field(default_factory=dict, hash=False)  # fields of `NSMConfig`
-
-
-_WORDS = {"batch_size": 32, "width": 32, "lengths": (20, 40, 100, 400), "held_out": 500}
-_MACHINE = {"num_layers": 1, "num_states": 2, "chunk": 1, "mix": "read", "positions": "none", "ffn_multiple": 1}
-SETTINGS = {
-    "mnist": Setting(
-        "mnist",
-        steps=400,
-        batch_size=32,
-        width=48,
-        positions="learned",
-        nsm={"num_states": 8, "window": 16, "chunk": 7, "mix": "sum", "ffn_multiple": 1},
-    ),
-    "recall": Setting(
-        "recall",
-        steps=400,
-        batch_size=32,
-        width=48,
-        sizes={"pairs": 4, "keys": 16, "values": 16},
-        held_out=500,
-        nsm={"num_states": 16, "window": 4, "chunk": 2, "ffn_multiple": 2},
-    ),
-    "parity": Setting("parity", steps=500, nsm=_MACHINE, **_WORDS),
-    "a5": Setting("a5", steps=2000, nsm=_MACHINE, **_WORDS),
-    "text": Setting(
-        "text",
-        steps=250,
-        batch_size=16,
-        width=64,
-        sizes={"length": 128},
-        held_out=320,
-        nsm={"num_states": 16, "window": 16, "chunk": 16, "ffn_multiple": 2},
-    ),
-    "s3": Setting("s3", steps=1500, nsm=_MACHINE, **_WORDS),
-    "s5": Setting("s5", steps=4000, nsm=_MACHINE, **_WORDS),
-    "permuted_mnist": Setting(
-        "permuted_mnist",
-        steps=600,
-        batch_size=16,
-        width=48,
-        positions="learned",
-        nsm={"num_states": 16, "window": 8, "chunk": 56, "ffn_multiple": 2},
-    ),
-    "listops": Setting(
-        "listops",
-        steps=1500,
-        batch_size=32,
-        width=48,
-        held_out=1000,
-        nsm={"num_states": 16, "window": 8, "chunk": 4, "ffn_multiple": 2},
-    ),
-    "selective_copying": Setting(
-        "selective_copying",
-        steps=1000,
-        batch_size=32,
-        width=48,
-        held_out=500,
-        nsm={"num_states": 16, "window": 4, "chunk": 4, "ffn_multiple": 2},
-    ),
-    "verse_section": Setting(
-        "verse_section",
-        steps=600,
-        batch_size=32,
-        width=48,
-        positions="learned",
-        held_out=1500,
-        nsm={"num_states": 16, "window": 8, "ffn_multiple": 2},
-    ),
-}
-"""How every task is trained as the book publishes it; `dataclasses.replace` changes a part."""
-
-
-def models_of(setting: Setting) -> tuple[str, ...]:
-    """The models that are compared on a task: all of `MODELS`, and on digits as patches a small CNN."""
-    return (*MODELS, "CNN") if setting.task == "mnist" else MODELS
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """One training: a model on a task, at a rate, from a seed. `variant` names what was changed in the NSM, if anything."""
-
-    setting: Setting
-    model: str
-    rate: float
-    seed: int
-    variant: str = ""
-    changes: dict[str, Any] = field(default_factory=dict, hash=False)
-
-
 @cache
 def _task(name: str, fold: int, seed: int, sizes: tuple) -> Task:
     return make_task(name, fold=fold, seed=seed, **dict(sizes))
 
 
-def task_of(setting: Setting, seed: int = 0) -> Task:
-    """The task of a setting, with the split that belongs to the seed."""
-    fold, seed = (seed % FOLDS, 0) if setting.task in FOLDED else (0, seed)
-    return _task(setting.task, fold, seed, tuple(sorted(setting.sizes.items())))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkRun(FittedRun[nn.Module, Batch]):
+    """One training of a model on a task, at a rate, from a seed.
 
-
-def build(setting: Setting, model: str, changes: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
-    """A fresh model for a task, within 5 % of the parameters of the Transformer of width `setting.width`.
-
-    Args:
-        model: one of `MODELS`, or "CNN" for the digits.
-        changes: fields of `NSMConfig` in which a variant of the NSM differs.
-        seed: of the initial weights; the global random state is left as it was.
-
-    Raises:
-        ValueError: for another model, or if no width comes within 5 %.
+    Rows: one of the untrained model, one for validation, one for the test at each length. Each holds task, model, variant,
+    rate, seed, part ("validation", "test", "untrained"), length (0 where a task has one), accuracy, nats (mean
+    cross-entropy), parameters, steps, seconds. A run that diverged scores accuracy 0 and infinitely many nats: its rate is
+    not chosen.
     """
-    if model not in (*MODELS, "CNN"):
-        raise ValueError(f"model is one of {', '.join(map(repr, (*MODELS, 'CNN')))}; got {model!r}")
-    task = task_of(setting)
-    ends = {"head": task.head, "vocab_size": task.vocab_size, "input_dim": task.input_dim}
-    ends["output_dim"] = None if task.head == "language_model" else task.output_dim
-    table = {"positions": "learned", "max_length": task.max_length} if setting.positions == "learned" else {}
-    common = ends | table | {"num_layers": setting.num_layers}
-    machine = setting.nsm | (changes or {})
-    width = _width(model, task.causal, setting.width, _items(common), _items(machine))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _of_width(model, width, task.causal, common, machine)
+
+    task: str
+    model: str = "NSM"  #: one of `MODELS`, or "CNN" for the digits
+    width: int = 48  #: of the Transformer; all others have as many parameters
+    num_layers: int = 2
+    positions: str = "none"  #: "learned" adds a table of positions to the tokens, in every model
+    lengths: tuple[int, ...] = ()  #: at which the task is tested, where it has more than one
+    held_out: int | None = None  #: examples of validation and of test; None: the task's own number
+    sizes: dict[str, Any] = field(default_factory=dict)  #: of the task
+    nsm: dict[str, Any] = field(default_factory=dict)  #: fields of `NSMConfig`
+    variant: str = ""  #: names what was changed in the NSM, if anything
+    changes: dict[str, Any] = field(default_factory=dict)  #: the fields of `NSMConfig` in which the variant differs
+    records: int = 1
+
+    def labels(self) -> Row:
+        return {"task": self.task, "model": self.model, "variant": self.variant, "rate": self.learning_rate, "seed": self.seed}
+
+    def load_task(self) -> Task:
+        """The task, with the split that belongs to the seed."""
+        fold, seed = (self.seed % FOLDS, 0) if self.task in FOLDED else (0, self.seed)
+        return _task(self.task, fold, seed, tuple(sorted(self.sizes.items())))
+
+    def build(self) -> nn.Module:
+        """A fresh model, within 5 % of the parameters of the Transformer of width `width`.
+
+        Raises:
+            ValueError: for a model that there is not, or if no width comes within 5 %.
+        """
+        if self.model not in (*MODELS, "CNN"):
+            raise ValueError(f"model is one of {', '.join(map(repr, (*MODELS, 'CNN')))}; got {self.model!r}")
+        task = replace(self, seed=0).load_task()
+        common: dict[str, Any] = {"head": task.head, "vocab_size": task.vocab_size, "input_dim": task.input_dim}
+        common["output_dim"] = None if task.head == "language_model" else task.output_dim
+        if self.positions == "learned":
+            common |= {"positions": "learned", "max_length": task.max_length}
+        common["num_layers"] = self.num_layers
+        machine = self.nsm | self.changes
+        width = _width(self.model, task.causal, self.width, _items(common), _items(machine))
+        return _of_width(self.model, width, task.causal, common, machine).to(self.device)
+
+    def sample_batch(self, generator: Generator, size: int) -> Batch:
+        return self._moved(self.load_task().sample_batch(generator, size))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model, batch)
+
+    def score(self, model: nn.Module) -> Scores:
+        validation = self._row(model, "validation", None, evaluate(model, self._held_out("validation", None)))
+        tests = [self._row(model, "test", length, evaluate(model, self._held_out("test", length))) for length in self._lengths()]
+        return Scores([validation, *tests], {})
+
+    def score_untrained(self, model: nn.Module) -> Scores:
+        length = self._lengths()[0]
+        first = Batch(*(tensor[:EVALUATION_BATCH] for tensor in self._held_out("test", length)))
+        return Scores([self._row(model, "untrained", length, evaluate(model, first))], {})
+
+    def score_diverged(self, model: nn.Module, error: FloatingPointError) -> Scores:
+        parts = [("validation", None), *(("test", length) for length in self._lengths())]
+        return Scores([self._row(model, part, length, Score(0, 1, math.inf)) for part, length in parts], {})
+
+    def _lengths(self) -> tuple[int | None, ...]:
+        return self.lengths or (None,)
+
+    def _moved(self, batch: Batch) -> Batch:
+        return Batch(*(tensor.to(self.device) for tensor in batch))
+
+    def _held_out(self, part: Literal["validation", "test"], length: int | None) -> Batch:
+        return self._moved(self.load_task().held_out(part, length, self.held_out))
+
+    def _row(self, model: nn.Module, part: str, length: int | None, scored: Score) -> Row:
+        return {
+            "part": part,
+            "length": length or 0,
+            "accuracy": scored.accuracy,
+            "nats": scored.loss_nats,
+            "parameters": count_parameters(model),
+            "steps": self.steps,
+        }
+
+
+def _word_problem(task: str, steps: int) -> BenchmarkRun:
+    machine = {"num_layers": 1, "num_states": 2, "chunk": 1, "mix": "read", "positions": "none", "ffn_multiple": 1}
+    return BenchmarkRun(task=task, steps=steps, width=32, lengths=(20, 40, 100, 400), held_out=500, nsm=machine)
+
+
+SETTINGS = {
+    run.task: run
+    for run in (
+        BenchmarkRun(
+            task="mnist",
+            steps=400,
+            positions="learned",
+            nsm={"num_states": 8, "window": 16, "chunk": 7, "mix": "sum", "ffn_multiple": 1},
+        ),
+        BenchmarkRun(
+            task="recall",
+            steps=400,
+            held_out=500,
+            sizes={"pairs": 4, "keys": 16, "values": 16},
+            nsm={"num_states": 16, "window": 4, "chunk": 2, "ffn_multiple": 2},
+        ),
+        _word_problem("parity", 500),
+        _word_problem("a5", 2000),
+        BenchmarkRun(
+            task="text",
+            steps=250,
+            batch_size=16,
+            width=64,
+            held_out=320,
+            sizes={"length": 128},
+            nsm={"num_states": 16, "window": 16, "chunk": 16, "ffn_multiple": 2},
+        ),
+        _word_problem("s3", 1500),
+        _word_problem("s5", 4000),
+        BenchmarkRun(
+            task="permuted_mnist",
+            steps=600,
+            batch_size=16,
+            positions="learned",
+            nsm={"num_states": 16, "window": 8, "chunk": 56, "ffn_multiple": 2},
+        ),
+        BenchmarkRun(
+            task="listops", steps=1500, held_out=1000, nsm={"num_states": 16, "window": 8, "chunk": 4, "ffn_multiple": 2}
+        ),
+        BenchmarkRun(
+            task="selective_copying", steps=1000, held_out=500, nsm={"num_states": 16, "window": 4, "chunk": 4, "ffn_multiple": 2}
+        ),
+        BenchmarkRun(
+            task="verse_section",
+            steps=600,
+            positions="learned",
+            held_out=1500,
+            nsm={"num_states": 16, "window": 8, "ffn_multiple": 2},
+        ),
+    )
+}
+"""How every task is trained as the book publishes it; `dataclasses.replace` sets model, rate and seed, or changes a part."""
+
+
+def models_of(task: str) -> tuple[str, ...]:
+    """The models that are compared on a task: all of `MODELS`, and on digits as patches a small CNN."""
+    return (*MODELS, "CNN") if task == "mnist" else MODELS
 
 
 def _items(fields: dict[str, Any]) -> tuple:
@@ -186,17 +203,16 @@ def _width(model: str, causal: bool, reference: int, common: tuple, machine: tup
     """The width of a model that has most nearly the parameters of a Transformer of the width `reference`."""
     if model == "Transformer":
         return reference
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         parameters = count_parameters(_of_width("Transformer", reference, causal, dict(common), {}))
+    widths: Iterable[Any] = range(4, 40) if model == "CNN" else range(reference, 2 * reference)
     if model == "NSM":  # states about as wide as tokens; four heads, which rotary positions want of even width
         step = 8 if "positions" not in (*dict(common), *dict(machine)) else 4
         widths = [(D, M) for D in range(reference // 2 // 8 * 8, reference + 24, step) for M in range(D - 8, D + 12, 4)]
-    else:
-        widths = range(4, 40) if model == "CNN" else range(reference, 2 * reference)
     return match_parameters(lambda width: _of_width(model, width, causal, dict(common), dict(machine)), parameters, widths)[0]
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy (nats, scalar) over what a batch asks: targets [B] or [B,T]."""
     outputs = model(batch.inputs)
     return F.cross_entropy(outputs.flatten(0, -2), batch.targets.flatten(), ignore_index=IGNORE)
@@ -210,56 +226,9 @@ def evaluate(model: nn.Module, batch: Batch) -> Score:
     return Score(*(sum(part) for part in zip(*scores, strict=True)))
 
 
-def train(run: Run, device: str = "cpu") -> list[dict[str, Any]]:
-    """Train one model and score it: a row for validation, one for the test at each length, and one untrained.
-
-    Each row holds task, model, variant, rate, seed, part ("validation", "test", "untrained"), length (0 where a task has
-    one), accuracy, nats (mean cross-entropy), parameters, steps, seconds. A run that diverged scores accuracy 0 and
-    infinitely many nats: its rate is not chosen.
-    """
-    setting, task = run.setting, task_of(run.setting, run.seed)
-    model = build(setting, run.model, run.changes, run.seed).to(device)
-
-    def held_out(part: str, length: int | None = None) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in task.held_out(part, length, setting.held_out)))
-
-    def sample_batch(generator: torch.Generator, batch_size: int) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in task.sample_batch(generator, batch_size)))
-
-    lengths = setting.lengths or (None,)
-    config = TrainingConfig(
-        steps=setting.steps,
-        batch_size=setting.batch_size,
-        learning_rate=run.rate,
-        seed=run.seed,
-        evaluation_interval=setting.steps,
-    )
-    untrained = held_out("test", lengths[0])
-    scores = {("untrained", lengths[0] or 0): evaluate(model, Batch(*(tensor[:EVALUATION_BATCH] for tensor in untrained)))}
-    start, diverged = time.perf_counter(), False
-    try:
-        fit(model, sample_batch, loss_of, config)
-    except FloatingPointError:
-        diverged = True
-    seconds = time.perf_counter() - start
-    for part, length in (("validation", None), *(("test", length) for length in lengths)):
-        scores[part, length or 0] = Score(0, 1, math.inf) if diverged else evaluate(model, held_out(part, length))
-    common = {"task": setting.task, "model": run.model, "variant": run.variant, "rate": run.rate, "seed": run.seed}
-    cost = {"parameters": count_parameters(model), "steps": setting.steps, "seconds": seconds}
-    return [
-        {**common, "part": part, "length": length, "accuracy": found.accuracy, "nats": found.loss_nats, **cost}
-        for (part, length), found in scores.items()
-    ]
-
-
-def train_all(runs: Iterable[Run], workers: int = 2, device: str = "cpu") -> list[dict[str, Any]]:
-    """The rows of all runs, in the order of the runs, trained in `workers` processes at once, one thread each."""
-    return [row for rows in run_all(partial(train, device=device), runs, workers) for row in rows]
-
-
-def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
+def best_rates(rows: Iterable[Row]) -> dict[tuple[str, str], float]:
     """The rate of each (task, model) that did best on validation: by accuracy, then by cross-entropy."""
-    best: dict[tuple[str, str], dict[str, Any]] = {}
+    best: dict[tuple[str, str], Row] = {}
     for row in rows:
         if row["part"] == "validation" and not row["variant"]:
             key = row["task"], row["model"]
@@ -270,7 +239,8 @@ def best_rates(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], float]:
 
 # What a pass costs ----------------------------------------------------------------------------------------------------
 
-COST = {"head": "labelling", "vocab_size": 64, "output_dim": 64, "num_layers": 2}
+VOCABULARY = 64
+COST = {"head": "labelling", "vocab_size": VOCABULARY, "output_dim": VOCABULARY, "num_layers": 2}
 """The models whose cost is measured label each token of a text over 64 tokens; the Transformer is 64 wide."""
 
 
@@ -294,19 +264,20 @@ def cost_model(model: str, causal: bool = True, width: Any = None) -> nn.Module:
 def training_pass(model: str, T: int, causal: bool = True, width: Any = None) -> Callable[[], None]:
     """A function that goes forward and backward over one sequence of T tokens."""
     network = cost_model(model, causal, width)
-    inputs = torch.randint(COST["vocab_size"], (1, T), generator=torch.Generator().manual_seed(0))
+    inputs = torch.randint(VOCABULARY, (1, T), generator=torch.Generator().manual_seed(0))
 
     def once() -> None:
         network.zero_grad()
-        loss_of(network, Batch(inputs, inputs)).backward()
+        cross_entropy(network, Batch(inputs, inputs)).backward()
 
     return once
 
 
 def stream_from(model: str, T: int) -> Callable[[], None]:
     """A function that reads one token more, T tokens having been read."""
-    network, generator = cost_model(model), torch.Generator().manual_seed(0)
-    inputs = torch.randint(COST["vocab_size"], (1, T), generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    network: Any = cost_model(model)
+    inputs = torch.randint(VOCABULARY, (1, T), generator=generator)
     with evaluating(network):
         if model == "NSM":
             stream = network.start(1)

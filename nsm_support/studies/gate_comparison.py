@@ -1,9 +1,7 @@
 """Gates compared: each on the same sidecars, tuned alike, at the same mean α.
 
-`compare_gate` is a function of one run, which `nsm_support.workers` can call. Runs of one base model and seed begin with
-the same sidecars and see the same batches, whatever their gate.
-
-Letters: L layers, T tokens of a window.
+Runs of one base model and seed begin with the same sidecars and see the same batches, whatever their gate. Letters: L
+layers, T tokens of a window.
 """
 
 from collections.abc import Callable
@@ -15,29 +13,15 @@ from torch import Generator, Tensor
 
 from nsm_support.blockffn.gates import MODES, Gate
 from nsm_support.blockffn.hybrid import GatedHybridLayer, calibrate, detach, tune
+from nsm_support.blockffn.model import BlockFFNModel
 from nsm_support.data import window_sampler
-from nsm_support.studies.sidecars import Material, attach_all, evenly, load, own_seed, pieces, score, sidecars_of
+from nsm_support.studies.protocol import Row, Scores, Training
+from nsm_support.studies.sidecars import AttachedRun, attach_all, evenly, gates_of, load_windows, score_windows
 from nsm_support.training import TrainingConfig
 
 GATES = (*MODES, "inverted_hard", "inverted_soft")
 CALIBRATION = 64  #: windows of training chapters, at most, that thresholds are set on
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GateRun:
-    """All that decides one gate's result: what it is, and the sidecars that it begins with."""
-
-    material: Material
-    sidecars: str  #: a file by `save_sidecars`
-    base: int
-    seed: int  #: with that of the base model, of the sidecars, of the batches, and of the gate's draws
-    mode: str  #: of GATES
-    alpha: float = 0.5
-    temperature: float = 0.5
-    steps: int = 40  #: updates under this gate
-    map_steps: int = 0  #: of "learned" alone: updates beforehand, of which only the gate's map is kept
-    batch_size: int = 8
-    learning_rate: float = 1e-3
+OTHER_DRAWS = 1_000_000_000  #: what a batch of training adds to the seed of a gate's draws
 
 
 class InvertedGate(Gate):
@@ -46,18 +30,102 @@ class InvertedGate(Gate):
     def __init__(self, mode: str, alpha: float = 0.5, **options: Any):
         super().__init__(mode, 1 - alpha, **options)
 
-    def forward(self, *inputs: Tensor, **signals: Tensor) -> Tensor:
-        alpha = super().forward(*inputs, **signals)
+    def forward(self, x: Tensor, sparsity: Tensor | None = None, distance: Tensor | None = None) -> Tensor:
+        alpha = super().forward(x, sparsity, distance)
         return ~alpha if self.hard else 1 - alpha
 
 
-def make_gate(run: GateRun, layer: int, width: int) -> Gate:
-    """The gate of one layer, with draws of its own."""
-    options = {"width": width, "temperature": run.temperature, "seed": 1_000 * own_seed(run) + layer}
-    kind, _, shape = run.mode.partition("_")
-    if kind == "inverted":
-        return InvertedGate(f"routing_{shape}", run.alpha, **options)
-    return Gate(run.mode, run.alpha, **options)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateRun(AttachedRun):
+    """One gate on test chapters, calibrated on training chapters: on the sidecars as they are, and tuned under it.
+
+    All gates of one base and seed are tuned from the same sidecars, on the same batches, as often and at the same rate;
+    what a gate draws is drawn anew for every batch. A learned gate's map is trained before, through the soft gate; the
+    sidecars then begin as everybody's.
+
+    Rows: `part` "before" and, with steps, "after" tuning: `nats`, and mean `alpha`. The tensors: `before` and `after`, each
+    a `WindowScores`; `threshold` [L] in the end (NaN for "fixed"); `calibrated`, the mean α [L] that calibration reached;
+    `batches`, the sum of the token numbers that tuning saw, equal for equal batches.
+    """
+
+    mode: str  #: of GATES
+    alpha: float = 0.5
+    temperature: float = 0.5
+    steps: int = 40  #: updates under this gate
+    map_steps: int = 0  #: of "learned" alone: updates beforehand, of which only the gate's map is kept
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+
+    def labels(self) -> Row:
+        return {"mode": self.mode, "base": self.base, "seed": self.seed}
+
+    def make_gate(self, layer: int, width: int) -> Gate:
+        """The gate of one layer, with draws of its own."""
+        kind, _, shape = self.mode.partition("_")
+        seed = 1_000 * self.own_seed + layer
+        if kind == "inverted":
+            return InvertedGate(f"routing_{shape}", self.alpha, width=width, temperature=self.temperature, seed=seed)
+        return Gate(self.mode, self.alpha, width=width, temperature=self.temperature, seed=seed)
+
+    def build(self) -> BlockFFNModel:
+        """The base model with sidecars and calibrated gates."""
+        model, maps = self.base_model(), []
+        if self.mode.startswith("learned") and self.map_steps:
+            self._attach(model, replace(self, mode="learned_soft"))
+            self._calibrate(model)
+            self._tune(model, self.map_steps, self.own_seed + 500_000)
+            maps = [gate.map.state_dict() for gate in gates_of(model)]
+            detach(model)
+        self._attach(model, self)
+        for gate, state in zip(gates_of(model), maps, strict=bool(maps)):
+            gate.map.load_state_dict(state)
+        self._calibrate(model)
+        return model
+
+    def _attach(self, model: BlockFFNModel, run: "GateRun") -> None:
+        attach_all(model, self.load_sidecars(), lambda i: run.make_gate(i, model.config.token_dim))
+
+    def _calibrate(self, model: BlockFFNModel) -> list[float]:
+        """Set the thresholds, and return the mean α [L] that they reach."""
+        tokens = evenly(load_windows(self.setup).train.flatten(0, 1), CALIBRATION)[:, :-1]
+        return list(calibrate(model, tokens).values())
+
+    def _tune(self, model: BlockFFNModel, steps: int, seed: int) -> tuple[list[Row], int]:
+        gates, seen = gates_of(model), 0
+        seeds = [gate.seed for gate in gates]
+        sample = window_sampler(load_windows(self.setup).stream, self.setup.window)
+
+        def sample_and_draw(generator: Generator, batch_size: int) -> tuple[Tensor, Tensor]:
+            nonlocal seen
+            batch = sample(generator, batch_size)
+            seen += int(batch[0].sum())
+            for gate in gates:
+                gate.seed += OTHER_DRAWS
+            return batch
+
+        plan = TrainingConfig(steps=steps, seed=seed, batch_size=self.batch_size, learning_rate=self.learning_rate)
+        history = tune(model, sample_and_draw, plan)
+        for gate, original in zip(gates, seeds, strict=True):
+            gate.seed = original
+        return history.records, seen
+
+    def train(self, model: BlockFFNModel) -> Training:
+        history, seen = self._tune(model, self.steps, self.own_seed) if self.steps else ([], 0)
+        return Training(history=history, tensors={"batches": seen})
+
+    def score_untrained(self, model: BlockFFNModel) -> Scores:
+        return self._score(model, "before")
+
+    def score(self, model: BlockFFNModel) -> Scores:
+        reached = self._calibrate(model)
+        scores = self._score(model, "after") if self.steps else Scores([], {})
+        thresholds = [gate.threshold.item() for gate in gates_of(model)]
+        return Scores(scores.rows, {**scores.tensors, "calibrated": reached, "threshold": thresholds})
+
+    def _score(self, model: BlockFFNModel, part: str) -> Scores:
+        scored = score_windows(model, load_windows(self.setup).test)
+        row = {"part": part, "nats": scored.nats.mean().item(), "alpha": scored.alpha.mean().item()}
+        return Scores([row], {part: scored})
 
 
 def layer_passes(run: GateRun, tokens: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -65,73 +133,13 @@ def layer_passes(run: GateRun, tokens: Tensor) -> dict[str, Callable[[], Tensor]
 
     The gate is calibrated on these tokens; its own cost, that of the router that it asks, is in its time.
     """
-    model = load(run.material).models[run.base]
-    sidecar, layer = sidecars_of(run)[0], model.layers[0]
-    x = model.model.embed_tokens(tokens.to(run.material.device)).detach() * model.config.scale_emb
-    gates = {"gate": make_gate(run, 0, x.shape[-1]), "sidecar": Gate("fixed", 1.0)}
+    model = run.base_model()
+    sidecar, layer = run.load_sidecars()[0], model.layers[0]
+    x = model.model.embed_tokens(tokens.to(run.setup.device)).detach() * model.config.scale_emb
+    gates = {"gate": run.make_gate(0, x.shape[-1]), "sidecar": Gate("fixed", 1.0)}
     passes = {"attention": layer} | {n: GatedHybridLayer(layer, sidecar, gate, "own").eval() for n, gate in gates.items()}
     gates["gate"].calibrating = True
     with torch.no_grad():
         passes["gate"](x)
     gates["gate"].calibrating = False
     return {name: torch.no_grad()(lambda module=module: module(x)[0]) for name, module in passes.items()}
-
-
-def compare_gate(run: GateRun) -> dict[str, Any]:
-    """One gate on test chapters, calibrated on training chapters: on the sidecars as they are, and tuned under it.
-
-    All gates of one base and seed are tuned from the same sidecars, on the same batches, as often and at the same rate;
-    what a gate draws (shuffles, lots) is drawn anew for every batch. A learned gate's map is trained before, through the
-    soft gate; the sidecars then begin as everybody's.
-
-    Returns:
-        before, after: `Scored` before and after tuning. threshold: [L] after tuning (NaN for "fixed"). calibrated: the
-        mean α [L] that calibration reached. batches: sum of the token numbers that tuning saw, equal for equal batches.
-    """
-    text, model = pieces(run.material), load(run.material).models[run.base]
-    calibration = evenly(text.train.flatten(0, 1), CALIBRATION)[:, :-1]
-    sample, width = window_sampler(text.stream, run.material.window), model.config.token_dim
-    seen = 0
-
-    def ready(mode_run: GateRun) -> list[Gate]:
-        attach_all(model, sidecars_of(run), lambda i: make_gate(mode_run, i, width))
-        return [layer.gate for layer in model.layers]
-
-    def train(gates: list[Gate], steps: int, seed: int) -> None:
-        seeds = [gate.seed for gate in gates]
-
-        def sample_anew(generator: Generator, batch_size: int) -> tuple[Tensor, Tensor]:
-            nonlocal seen
-            batch = sample(generator, batch_size)
-            seen += int(batch[0].sum())
-            for gate in gates:
-                gate.seed += 1_000_000_000
-            return batch
-
-        plan = {"batch_size": run.batch_size, "learning_rate": run.learning_rate}
-        tune(model, sample_anew, TrainingConfig(steps=steps, seed=seed, **plan))
-        for gate, original in zip(gates, seeds, strict=True):
-            gate.seed = original
-
-    maps = None
-    if run.mode.startswith("learned") and run.map_steps:
-        gates = ready(replace(run, mode="learned_soft"))
-        calibrate(model, calibration)
-        train(gates, run.map_steps, own_seed(run) + 500_000)
-        maps = [gate.map.state_dict() for gate in gates]
-        detach(model)
-    gates, seen = ready(run), 0
-    for gate, state in zip(gates, maps or (), strict=maps is not None):
-        gate.map.load_state_dict(state)
-    calibrate(model, calibration)
-    before = score(model, text.test)
-    if run.steps:
-        train(gates, run.steps, own_seed(run))
-    reached = calibrate(model, calibration)
-    return {
-        "before": before,
-        "after": score(model, text.test) if run.steps else before,
-        "batches": seen,
-        "threshold": [gate.threshold.item() for gate in gates],
-        "calibrated": list(reached.values()),
-    }

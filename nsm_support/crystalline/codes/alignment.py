@@ -239,6 +239,11 @@ def _check_range(name: str, given: Tensor, size: int, least: int, most: int | No
         )
 
 
+def by_bottleneck(infos: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, Mapping[str, Tensor]]:
+    """What a crystalline model returns of its blocks, under the names of its bottlenecks: "block 0, attn", …"""
+    return {f"block {i}, {part}": info for i, block in enumerate(infos) for part, info in block.items()}
+
+
 def align_all(
     infos: Sequence[Mapping[str, Mapping[str, Tensor]]],
     states: Tensor,
@@ -254,9 +259,9 @@ def align_all(
         labels: for each name the codes' labels, chosen on another split.
         options: of `align`.
     """
-    codes = {f"block {i}, {part}": info["hard_codes"] for i, block in enumerate(infos) for part, info in block.items()}
     return {
-        name: align(hard, states, num_states, labels=labels[name] if labels else None, **options) for name, hard in codes.items()
+        name: align(info["hard_codes"], states, num_states, labels=labels[name] if labels else None, **options)
+        for name, info in by_bottleneck(infos).items()
     }
 
 

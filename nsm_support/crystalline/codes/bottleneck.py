@@ -37,9 +37,14 @@ def gumbel_like(logits: Tensor) -> Tensor:
     return -torch.log(-torch.log(torch.rand_like(logits).clamp(min=1e-20)))
 
 
-def code_entropy(soft_codes: Tensor) -> Tensor:
-    """Entropy in nats of distributions over codes [..., K], mean over all of them: 0 … ln K. Finite gradient at p = 0."""
+def compression_loss(soft_codes: Tensor) -> Tensor:
+    """Entropy in nats of noise-free code distributions [..., K], mean over tokens: 0 … ln K. Finite gradient at p = 0."""
     return -(soft_codes * soft_codes.clamp(min=1e-12).log()).sum(-1).mean()
+
+
+def commitment_loss(input: Tensor, output: Tensor) -> Tensor:
+    """Mean squared distance of a bottleneck's input [..., D] to its output, which is held fixed."""
+    return F.mse_loss(input, output.detach())
 
 
 def choose(scores: Tensor, k: int) -> Tensor:
@@ -148,7 +153,7 @@ class Bottleneck(nn.Module):
         output = output.view_as(x)
         soft = soft.unflatten(0, x.shape[:-1])
         hard = torch.zeros_like(soft).scatter_(-1, indices.view(*x.shape[:-1], k), 1.0)
-        entropy = code_entropy(soft) / math.log(K) if K > 1 else soft.new_zeros(())
+        entropy = compression_loss(soft) / math.log(K) if K > 1 else soft.new_zeros(())
         return output, {"soft_codes": soft, "hard_codes": hard, "entropy": entropy, "input": x, "output": output}
 
     @property
@@ -197,8 +202,8 @@ class Bottleneck(nn.Module):
 def written(bottleneck: Bottleneck, codes: Tensor) -> Iterator[None]:
     """Inside, a bottleneck hands on codes [B, T] in place of its own, where they are not −1."""
 
-    def overwrite(module: Bottleneck, arguments, told):
-        output, info = told
+    def overwrite(module: Bottleneck, arguments, result):
+        output, info = result
         chosen = codes.to(output.device)[..., None]
         return torch.where(chosen >= 0, module.codebook[chosen[..., 0].clamp(min=0)], output), info
 

@@ -1,20 +1,16 @@
-"""Real text as byte-pair tokens, whole chapters held out, and models of it as files that other pages read.
+"""Real text as byte-pair tokens, whole chapters held out.
 
 Letters: n tokens, V vocabulary.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
 from nsm_support.data import Split, Text, load_text, split_text
 from nsm_support.extras import extra
-from nsm_support.training import load_model, save_model
 
 with extra("checkpoints"):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,13 +29,6 @@ class Corpus(NamedTuple):
     def train(self) -> Tensor:
         """The training chapters one after the other [n]."""
         return torch.cat(self.tokens.train)
-
-
-class Trained(NamedTuple):
-    """Models of a text by the seed that they began with, all of one config, in eval mode; and the text's tokenizer."""
-
-    models: dict[int, BlockFFNModel]
-    tokenizer: Tokenizer
 
 
 def train_tokenizer(content: str, vocab_size: int) -> Tokenizer:
@@ -64,7 +53,7 @@ def train_tokenizer(content: str, vocab_size: int) -> Tokenizer:
 def encode(text: Text, tokenizer: Tokenizer) -> tuple[Tensor, ...]:
     """The tokens of each chapter, [n] int64. A chapter's last token is one of the line ends that part it from the next."""
     contents = [text.content[chapter.start : chapter.end] + "\n\n" for chapter in text.chapters]
-    return tuple(torch.tensor(one.ids) for one in tokenizer.encode_batch(contents, add_special_tokens=False))
+    return tuple(torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(contents, add_special_tokens=False))
 
 
 def load_corpus(
@@ -81,30 +70,3 @@ def load_corpus(
     parts = split_text(load_text(path))
     tokenizer = tokenizer or train_tokenizer(parts.train.content, vocab_size)
     return Corpus(parts, Split(*(encode(part, tokenizer) for part in parts)), tokenizer)
-
-
-def save_trained(path: str | os.PathLike[str], models: Mapping[int, BlockFFNModel], tokenizer: Tokenizer) -> None:
-    """Write models of one config, and their tokenizer, in one file, whole or not at all.
-
-    Raises:
-        ValueError: if there is no model, or configs differ.
-    """
-    configs = [model.config for model in models.values()]
-    if not configs or any(config != configs[0] for config in configs):
-        raise ValueError(f"one or more models of one config can be saved together; got {configs}")
-    together = nn.ModuleDict({str(seed): model for seed, model in models.items()})
-    about = {"config": asdict(configs[0]), "seeds": list(models), "tokenizer": tokenizer.to_str()}
-    save_model(path, together, about)
-
-
-def load_trained(path: str | os.PathLike[str]) -> Trained:
-    """What `save_trained` wrote. Raises FileNotFoundError, or `training.CheckpointError` for a damaged file."""
-    about = {}
-
-    def build(metadata: dict) -> nn.ModuleDict:
-        about.update(metadata)
-        config = BlockFFNConfig(**metadata["config"])
-        return nn.ModuleDict({str(seed): BlockFFNModel(config) for seed in metadata["seeds"]})
-
-    together = load_model(path, build).eval()
-    return Trained({seed: together[str(seed)] for seed in about["seeds"]}, Tokenizer.from_str(about["tokenizer"]))
