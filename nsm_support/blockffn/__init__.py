@@ -7,7 +7,7 @@ from nsm_support.blockffn.hybrid import GatedHybridLayer, MambaSidecar, attach, 
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
 from nsm_support.blockffn.objectives import chunk_sparsity, chunk_sparsity_loss, dead_experts, locality_loss, token_sparsity
 from nsm_support.blockffn.router import BlockRouter, Routed
-from nsm_support.blockffn.signals import RoutingExtractor, write_routing_signals
+from nsm_support.blockffn.signals import RoutingExtractor
 
 __all__ = [
     "BlockFFN",
@@ -29,5 +29,4 @@ __all__ = [
     "load_checkpoint",
     "locality_loss",
     "token_sparsity",
-    "write_routing_signals",
 ]

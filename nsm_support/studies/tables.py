@@ -1,17 +1,61 @@
-"""The files of the experiment, with the fields that its first notebook reads: each is written whole or not at all."""
+"""The files of the BlockFFN experiment, with the fields that its first notebook reads: each is written whole or not at all.
+
+Letters: L layers (routed ones), T tokens, E experts.
+"""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from nsm_support.files import write_whole
+from torch import Tensor
+
+from nsm_support.blockffn.objectives import token_sparsity
+from nsm_support.files import write_json, write_whole
 
 # The columns that a table has at least, in this order; what else the rows hold follows.
 ALPHA_SWEEP = ("alpha", "perplexity", "memory_gb", "tokens_per_second")
 LAYER_REPLACEMENT = ("layer", "perplexity", "delta", "pct_change")
 GATED_HYBRID = ("mode", "temperature", "threshold", "alpha", "perplexity", "delta", "pct_change")
+
+
+def prompt_record(prompt: str, tokens: Sequence[str], activations: Tensor) -> dict[str, Any]:
+    """One entry of `routing_signals.json`: of a prompt, its T tokens as strings, and activations [L,T,E].
+
+    Beside the fields that the first notebook reads, `per_token_sparsity` {layer: [T]} and `active_experts` {layer: [T
+    lists of experts]}: entry t belongs to tokens[t].
+
+    Raises:
+        ValueError: if the activations are not of these tokens.
+    """
+    if activations.dim() != 3 or activations.shape[1] != len(tokens) or not len(tokens):
+        raise ValueError(f"{len(tokens)} tokens take activations [L, {len(tokens)}, E]; got {list(activations.shape)}")
+    active = (activations > 0).cpu()
+    sparsity = token_sparsity(activations.cpu().double())  # (L, T)
+    layers = range(len(activations))
+    return {
+        "prompt": prompt,
+        "tokens": list(tokens),
+        "seq_len": len(tokens),
+        "overall_sparsity": sparsity.mean().item(),
+        "per_layer_sparsity": {str(layer): sparsity[layer].mean().item() for layer in layers},
+        "signal_shapes": {str(layer): list(active[layer].shape) for layer in layers},
+        "per_token_sparsity": {str(layer): sparsity[layer].tolist() for layer in layers},
+        "active_experts": {str(layer): [token.nonzero().flatten().tolist() for token in active[layer]] for layer in layers},
+    }
+
+
+def write_routing_signals(path: str | Path, model_name: str, prompts: Iterable[dict[str, Any]]) -> None:
+    """Write `routing_signals.json`, whole or not at all: {model_name, prompts}, of entries by `prompt_record`.
+
+    Raises:
+        ValueError: if there is no prompt, or a number that is not finite.
+    """
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("routing_signals.json needs at least one prompt")
+    write_json(path, {"model_name": model_name, "prompts": prompts})
 
 
 def write_alpha_sweep(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
