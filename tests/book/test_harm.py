@@ -18,7 +18,7 @@ from nsm_book.fingerprint import record, sealed
 from nsm_book.schema import Page, Parameter
 from nsm_support.blockffn.checkpoint import load_checkpoint
 from nsm_support.results import GLUE_MIME, read_product
-from nsm_support.studies.corpus import load_trained
+from nsm_support.studies.language_model import load_trained
 from nsm_support.training import CheckpointError, load_model
 from tests.book.test_schema import EVIL, PIECES, TEXT, VALUE, WHOLE, fuzz, refused
 from tests.conftest import Checkout

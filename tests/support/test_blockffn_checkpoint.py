@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from nsm_support.blockffn.checkpoint import load_checkpoint, load_tokenizer, read_config
-from nsm_support.studies.corpus import train_tokenizer
+from nsm_support.corpus import train_tokenizer
 from nsm_support.training import CheckpointError
 
 ROOT = Path(__file__).parents[2]

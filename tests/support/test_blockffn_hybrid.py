@@ -341,9 +341,9 @@ def test_distillation_error_is_relative_to_attentions_own_size():
         def forward(self, h):
             return self.share * self.attention[0](h)
 
-    students = {str(i): Echo(model.layers[i].self_attn, share) for i, share in ((0, 1.0), (1, 0.0), (2, 0.5))}
+    students = {i: Echo(model.layers[i].self_attn, share) for i, share in ((0, 1.0), (1, 0.0), (2, 0.5))}
     errors = distillation_errors(model, students, tokens)
-    assert [errors[i].item() for i in "012"] == pytest.approx([0.0, 1.0, 0.25])
+    assert [errors[i].item() for i in range(3)] == pytest.approx([0.0, 1.0, 0.25])
 
 
 def test_distilled_sidecars_copy_attention_and_the_model_stays():
@@ -354,8 +354,8 @@ def test_distilled_sidecars_copy_attention_and_the_model_stays():
     for i in (0, 2):
         assert last[f"layer_{i}"] < 0.6 * min(1.0, first[f"layer_{i}"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    errors = distillation_errors(model, {str(i): sidecar for i, sidecar in given.items()}, held)
-    assert errors["2"].item() == pytest.approx(last["layer_2"]), "trained in place"
+    errors = distillation_errors(model, given, held)
+    assert errors[2].item() == pytest.approx(last["layer_2"]), "trained in place"
     attach(model, given, lambda i: Gate("fixed", 1.0))
     with pytest.raises(ValueError, match="detach them"):
         distil(model, given, batches, TrainingConfig(steps=1))

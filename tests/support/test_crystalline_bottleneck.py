@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from nsm_support.crystalline.codes.bottleneck import (
+    commitment_loss,
+    compression_loss,
     DECAY,
     Bottleneck,
     BottleneckConfig,
     choose,
-    code_entropy,
     gumbel_like,
     spread_out,
     straight_through,
 )
-from nsm_support.crystalline.codes.losses import commitment_loss, compression_loss
 from nsm_support.crystalline.codes.schedules import temperature_at
 
 
@@ -258,7 +258,7 @@ def test_losses_are_their_formulas():
     compression_loss(p).backward()
     assert p.grad.isfinite().all(), "also where a probability is 0"
     even = torch.full((2, 3, 8), 1 / 8)
-    torch.testing.assert_close(code_entropy(even).item(), math.log(8))
+    torch.testing.assert_close(compression_loss(even).item(), math.log(8))
     x, y = draw(2, 3, 4).requires_grad_(), draw(2, 3, 4, seed=1).requires_grad_()
     loss = commitment_loss(x, y)
     torch.testing.assert_close(loss, ((x - y) ** 2).sum() / 24)
