@@ -153,7 +153,11 @@ def measure(run: Run[Any]) -> Result:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        model = run.build()
+        return _measure(run)
+
+
+def _measure(run: Run[Any]) -> Result:
+    model = run.build()
     with evaluating(model):
         untrained = run.score_untrained(model)
     start, diverged = time.perf_counter(), None
@@ -164,10 +168,9 @@ def measure(run: Run[Any]) -> Result:
     seconds = time.perf_counter() - start
     with evaluating(model):
         trained = run.score_diverged(model, diverged) if diverged else run.score(model)
-    rows = (*untrained.rows, *training.rows, *trained.rows)
     return Result(
         run=run,
-        rows=[{**run.labels(), **row, "seconds": seconds} for row in rows],
+        rows=[{**run.labels(), **row, "seconds": seconds} for row in (*untrained.rows, *training.rows, *trained.rows)],
         history=training.history,
         state={name: value.cpu() for name, value in model.state_dict().items()} if run.keeps_state else {},
         tensors=untrained.tensors | training.tensors | trained.tensors,

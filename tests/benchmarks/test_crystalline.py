@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
-from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig
-from nsm_support.crystalline.codes.bottleneck import commitment_loss, compression_loss
+from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig, commitment_loss, compression_loss
 from nsm_support.crystalline.codes.transformer import CrystallineConfig, CrystallineTransformer
 
 V, D, LAYERS, HEADS, K, BATCH, T = 24, 128, 3, 4, 32, 32, 32

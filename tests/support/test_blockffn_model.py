@@ -11,9 +11,8 @@ from nsm_support.blockffn.attention import CHUNK, Attention, LatentAttention
 from nsm_support.blockffn.ffn import blockffn_reference
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel, dense_twin, losses
 from nsm_support.blockffn.objectives import chunk_sparsity_loss, locality_loss
-from nsm_support.metrics import ngram_baseline
+from nsm_support.metrics import ngram_baseline, perplexity, token_losses
 from nsm_support.mixers.baselines import count_parameters
-from nsm_support.metrics import perplexity, token_losses
 from nsm_support.training import TrainingConfig, fit
 
 LATENT = {"attention_type": "mla", "qk_nope_head_dim": 10, "qk_rope_head_dim": 4, "q_lora_rank": 12, "kv_lora_rank": 6}

@@ -1,16 +1,13 @@
-"""Text as tokens: nothing of it is lost, nothing of the held-out chapters is seen; and models that come back from a file."""
+"""Text as tokens: nothing of it is lost, nothing of the held-out chapters is seen."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
+from nsm_support.corpus import load_corpus, train_tokenizer
 from nsm_support.data import load_text, split_text
-from nsm_support.studies.corpus import load_corpus, load_trained, save_trained, train_tokenizer
-from nsm_support.training import CheckpointError
 
-SIZES = {"vocab_size": 300, "token_dim": 16, "num_layers": 2, "num_heads": 2, "num_experts": 4}
 CORPUS = load_corpus(vocab_size=300)
 
 
@@ -18,14 +15,6 @@ def write(path, chapters):
     """A text file whose blocks of chapters are these: each is filled up to the length of one."""
     path.write_text("\n\n".join(chapters), encoding="utf-8")
     return path
-
-
-def models(*seeds, **options):
-    made = {}
-    for seed in seeds:
-        torch.manual_seed(seed)
-        made[seed] = BlockFFNModel(BlockFFNConfig(**SIZES | options)).eval()
-    return made
 
 
 @given(st.text())
@@ -73,38 +62,3 @@ def test_a_tokenizer_that_is_given_is_taken():
 def test_a_vocabulary_that_cannot_be_is_refused(size, message):
     with pytest.raises(ValueError, match=message):
         train_tokenizer("a few words", size)
-
-
-def test_models_come_back_bit_for_bit(tmp_path):
-    saved = models(3, 0)
-    save_trained(tmp_path / "models.pt", saved, CORPUS.tokenizer)
-    found = load_trained(tmp_path / "models.pt")
-    tokens = CORPUS.train[None, :40]
-    assert list(found.models) == [3, 0] and found.tokenizer.to_str() == CORPUS.tokenizer.to_str()
-    for seed, model in saved.items():
-        assert not found.models[seed].training and found.models[seed].config == model.config
-        state = found.models[seed].state_dict()
-        assert state.keys() == model.state_dict().keys()
-        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-        assert torch.equal(found.models[seed](tokens), model(tokens))
-    assert not torch.equal(found.models[0](tokens), found.models[3](tokens))
-
-
-def test_models_of_two_kinds_or_of_none_are_refused(tmp_path):
-    two = {0: models(0)[0], 1: models(1, num_experts=5)[1]}
-    for refused in ({}, two):
-        with pytest.raises(ValueError, match="one config"):
-            save_trained(tmp_path / "models.pt", refused, CORPUS.tokenizer)
-    assert not (tmp_path / "models.pt").exists()
-
-
-def test_a_damaged_file_is_refused(tmp_path):
-    path = tmp_path / "models.pt"
-    with pytest.raises(FileNotFoundError):
-        load_trained(path)
-    save_trained(path, models(0), CORPUS.tokenizer)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 255
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_trained(path)

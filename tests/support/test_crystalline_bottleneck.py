@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from nsm_support.crystalline.codes.bottleneck import (
-    commitment_loss,
-    compression_loss,
     DECAY,
     Bottleneck,
     BottleneckConfig,
     choose,
+    commitment_loss,
+    compression_loss,
     gumbel_like,
     spread_out,
     straight_through,

@@ -11,7 +11,6 @@ from nsm_support.crystalline.automata import Transducer, make_machine
 from nsm_support.crystalline.automata.extraction import compare, run
 from nsm_support.crystalline.recurrent.model import OBJECTIVES, START, TINY, CrystallineRecurrent, RecurrentConfig
 from nsm_support.crystalline.recurrent.training import RecurrentTraining, revive, train, with_empty
-from nsm_support.studies.automata import Study, build, clustered, move, say_soft, study
 
 SMALL = RecurrentConfig(vocab_size=3, output_dim=4, num_codes=5, dim=6, hidden=7, scale_init=3.0)
 
@@ -279,64 +278,6 @@ def test_revived_codes_come_into_use():
     assert sum(used[0]) > sum(used[1])
 
 
-@pytest.fixture(scope="module")
-def parity():
-    """Parity, trained and proven: the findings of three seeds."""
-    return study(Study("parity", (0, 1, 2), RecurrentTraining(steps=200, record_every=50), num_codes=16))
-
-
-def test_parity_is_learned_and_proven(parity):
-    assert [one.equivalent for one in parity.verdicts] == [True] * 3
-    assert [one.num_states for one in parity.verdicts] == [2] * 3
-    assert parity.accuracy.tolist() == parity.accuracy_long.tolist() == [1.0] * 3
-    first = [compare(parity.history.automaton(0, e), make_machine("parity")).equivalent for e in range(3)]
-    last = [compare(parity.history.automaton(-1, e), make_machine("parity")).equivalent for e in range(3)]
-    assert (first, last) == ([False] * 3, [True] * 3), "the untrained machine is another one"
-    assert (parity.history.entropy[-1] < parity.history.entropy[0]).all() and (parity.history.nats[-1] < 0.01).all()
-
-
-def test_a_codes_future_is_that_of_its_state(parity):
-    moved = move(parity.model, make_machine("parity"), randoms(0)[0])
-    assert moved.chosen.tolist() == [1.0] * 3
-    assert moved.untouched.tolist() == [0.0] * 3, "from the other state every output differs"
-    assert (moved.random > 0.2).all() and (moved.random < 0.8).all()
-    untrained = build(make_machine("parity"), 16, randoms(0, 1, 2))
-    assert move(untrained, make_machine("parity"), randoms(0)[0]).chosen.max() < 0.5
-
-
-def test_soft_and_hard_outputs_of_a_sharp_machine_agree(parity):
-    sharp, tokens = parity.model, strings(3, 20, 30, 2)
-    vague = build(make_machine("parity"), 16, randoms(0, 1, 2))
-    assert torch.equal(say_soft(sharp, tokens), sharp(tokens).logits.argmax(-1))
-    assert not torch.equal(say_soft(vague, tokens), vague(tokens).logits.argmax(-1))
-    with torch.no_grad():  # the likeliest output of all codes together, and not that of the likeliest code
-        beliefs = vague.relaxed(tokens, strings(3, 20, 31, 2, seed=1), "marginal").beliefs[:, :, 1:]
-        read = vague.output_logits(vague.codebook).softmax(-1)
-    assert torch.equal(say_soft(vague, tokens), torch.einsum("ebtk,ekc->ebtc", beliefs, read).argmax(-1))
-    assert not torch.equal(say_soft(vague, tokens), vague.tables()[1].gather(1, beliefs.argmax(-1).flatten(1)).view(3, 20, 30))
-
-
-def test_the_control_without_codes_is_read_by_clusters():
-    found = study(Study("parity", (0, 1), RecurrentTraining(steps=200, objective="continuous"), num_codes=16))
-    assert [one.equivalent for one in found.verdicts] == [True] * 2 and found.accuracy.tolist() == [1.0] * 2
-    machine, vague = make_machine("parity"), build(make_machine("parity"), 16, randoms(0))
-    assert not compare(clustered(vague, machine, 0, randoms(1)[0]), machine).equivalent
-    assert found.history.entropy.isnan().all() and found.history.revived.sum() == 0
-
-
-def test_clusters_have_a_next_state_for_every_token_also_where_no_string_went():
-    """Strings of 1* hardly ever leave it: from many a cluster no string shows a 0, and the network's own step decides."""
-    machine, generators = make_machine("tomita1"), randoms(0)
-    model = build(machine, 16, generators)
-    train(model, machine, generators, RecurrentTraining(steps=150, objective="continuous"))
-    automaton = clustered(model, machine, 0, randoms(1)[0], strings=20)
-    assert automaton.transition.min() >= 0 and automaton.transition.max() < 16
-    assert compare(automaton, machine).equivalent
-    with torch.no_grad():  # a step is the definition's
-        states = model.continuous(torch.tensor([[[1, 0, 1]]]))
-        torch.testing.assert_close(model.step_continuous(states[:, :, 1], torch.tensor([[0]])), states[:, :, 2])
-
-
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -352,7 +293,6 @@ def test_clusters_have_a_next_state_for_every_token_also_where_no_string_went():
         (lambda m: RecurrentTraining(max_length=1), "max_length = 1, min_length = 2; accepted is at least min_length"),
         (lambda m: RecurrentTraining(pace=0.0), "pace = 0.0"),
         (lambda m: train(m, make_machine("parity"), randoms(0, 1), RecurrentTraining()), "2 tokens and 2 outputs for 2 mach"),
-        (lambda m: study(Study("tomita9", (0,), RecurrentTraining(), 16)), "'tomita9' is no machine"),
     ],
 )
 def test_bad_input_is_refused(model, function, message):

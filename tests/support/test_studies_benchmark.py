@@ -7,7 +7,8 @@ import torch
 
 from nsm_support.mixers.baselines import BASELINES, BaselineConfig, count_parameters
 from nsm_support.studies import benchmark
-from nsm_support.studies.benchmark import SETTINGS, Run, build, models_of, task_of
+from nsm_support.studies.benchmark import SETTINGS, models_of
+from nsm_support.studies.protocol import measure
 from nsm_support.tasks import TASKS
 
 TINY = {name: replace(setting, steps=2, held_out=12, batch_size=4) for name, setting in SETTINGS.items()}
@@ -21,52 +22,44 @@ def test_every_task_has_a_setting():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_models_have_equally_many_parameters(name):
-    sizes = {model: count_parameters(build(SETTINGS[name], model)) for model in models_of(SETTINGS[name])}
+    sizes = {model: count_parameters(replace(SETTINGS[name], model=model).build()) for model in models_of(name)}
     assert all(abs(size / sizes["Transformer"] - 1) <= 0.05 for size in sizes.values()), sizes
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_model_trains_on_every_task_and_is_scored_on_what_was_held_out(name):
-    for model in models_of(TINY[name]):
-        rows = benchmark.train(Run(setting=TINY[name], model=model, rate=1e-3, seed=1))
+    for model in models_of(name):
+        rows = measure(replace(TINY[name], model=model, seed=1)).rows
         parts = [(row["part"], row["length"]) for row in rows]
         lengths = TINY[name].lengths or (0,)
         assert parts == [("untrained", lengths[0]), ("validation", 0), *(("test", length) for length in lengths)]
         assert all(0 <= row["accuracy"] <= 1 and 0 < row["nats"] < 50 and row["seed"] == 1 for row in rows)
 
 
-def test_the_same_run_twice_gives_the_same_numbers_and_another_seed_others():
-    def numbers(seed):
-        rows = benchmark.train(Run(setting=TINY["recall"], model="NSM", rate=1e-2, seed=seed))
-        return [(row["part"], row["nats"]) for row in rows]
-
-    assert numbers(0) == numbers(0) != numbers(3)
-
-
 def test_training_improves_on_the_untrained_network():
-    setting = replace(SETTINGS["parity"], steps=150, lengths=(20,), held_out=100)
-    rows = {row["part"]: row for row in benchmark.train(Run(setting=setting, model="GRU", rate=1e-2, seed=0))}
+    run = replace(SETTINGS["parity"], model="GRU", learning_rate=1e-2, steps=150, lengths=(20,), held_out=100)
+    rows = {row["part"]: row for row in measure(run).rows}
     assert rows["test"]["nats"] < rows["untrained"]["nats"] - 0.3
 
 
 def test_folds_of_the_digits_do_not_share_a_test_digit():
-    inputs = [task_of(SETTINGS["mnist"], seed).held_out("test").inputs.flatten(1) for seed in range(5)]
+    inputs = [replace(SETTINGS["mnist"], seed=seed).load_task().held_out("test").inputs.flatten(1) for seed in range(5)]
     assert sum(len(part) for part in inputs) == 5000
     assert len(torch.cat(inputs).unique(dim=0)) >= 4990  # MNIST itself repeats hardly any
-    train = task_of(SETTINGS["mnist"], 2).parts["train"].inputs.flatten(1)
+    train = replace(SETTINGS["mnist"], seed=2).load_task().parts["train"].inputs.flatten(1)
     seen = {tuple(row.tolist()) for row in train}
     assert not any(tuple(row.tolist()) in seen for row in inputs[2])
 
 
 def test_a_variant_changes_what_it_names_and_keeps_the_size():
-    base, one = build(SETTINGS["mnist"], "NSM"), build(SETTINGS["mnist"], "NSM", {"num_states": 1})
+    base, one = (replace(SETTINGS["mnist"], changes=changes).build() for changes in ({}, {"num_states": 1}))
     assert (base.config.num_states, one.config.num_states) == (8, 1)
     assert abs(count_parameters(one) / count_parameters(base) - 1) < 0.05
 
 
 def test_an_unknown_model_is_refused_with_those_that_exist():
     with pytest.raises(ValueError, match=r"'NSM', 'Transformer', 'LSTM', 'GRU', 'Mamba', 'CNN'; got 'RNN'"):
-        build(SETTINGS["mnist"], "RNN")
+        replace(SETTINGS["mnist"], model="RNN").build()
 
 
 def test_the_rate_is_chosen_on_validation_alone():
@@ -82,24 +75,6 @@ def test_the_rate_is_chosen_on_validation_alone():
         row("validation", 0.4, 0.9, 0.1, "a variant"),
     ]
     assert benchmark.best_rates(rows) == {("t", "m"): 0.3}  # most accurate, then the smaller cross-entropy
-
-
-def test_the_pool_gives_what_one_process_gives_in_the_order_of_the_runs():
-    runs = [Run(setting=TINY["recall"], model=model, rate=1e-3, seed=0) for model in ("GRU", "LSTM")]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        alone = [row for run in runs for row in benchmark.train(run)]
-    finally:
-        torch.set_num_threads(threads)
-    pooled = benchmark.train_all(runs, workers=2)
-    for a, b in zip(alone, pooled, strict=True):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
-
-
-def test_a_run_that_fails_says_why():
-    with pytest.raises(ValueError, match="got 'none of them'"):
-        benchmark.train_all([Run(setting=TINY["recall"], model="none of them", rate=1e-3, seed=0)], workers=2)
 
 
 @pytest.mark.parametrize("model", benchmark.MODELS)
@@ -124,3 +99,11 @@ def test_a_stream_goes_on_where_the_full_pass_ends(model):
             output, stream = network.step(token, stream)
         assert torch.allclose(output, network(tokens)[:, -1], atol=1e-4)
     benchmark.stream_from(model, 9)()
+
+
+def test_a_run_that_diverges_scores_nothing_and_its_rate_is_not_chosen(monkeypatch):
+    run = replace(TINY["recall"], model="GRU")
+    monkeypatch.setattr(benchmark, "cross_entropy", lambda model, batch: model(batch.inputs).sum() * torch.nan)
+    untrained, *rows = measure(run).rows
+    assert 0 < untrained["nats"] < 50 and [row["part"] for row in rows] == ["validation", "test"]
+    assert all((row["accuracy"], row["nats"]) == (0, float("inf")) for row in rows)

@@ -1,4 +1,4 @@
-"""A training of the crystallization pages: what it returns is what its own model gives, and every repeat gives it again."""
+"""A training of a crystalline transformer: what it returns is what its own model gives."""
 
 import math
 from dataclasses import replace
@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from nsm_support.crystalline import BottleneckConfig, CrystallineConfig, CrystallineTransformer, FiniteStateMachine, FSMConfig
 from nsm_support.crystalline.automata import make_machine
 from nsm_support.crystalline.codes.alignment import contingency, held_out_alignment
-from nsm_support.studies import codes as experiment
-from nsm_support.studies.codes import Run, draw, held_out, total_loss, train
-from nsm_support.training import fit
+from nsm_support.studies.codes import CodesRun, held_out_strings, sample_strings
+from nsm_support.studies.protocol import measure
 
 SIZES = FSMConfig(num_states=4, tokens_per_state=2, vocab_size=8, seed=3)
 MODEL = CrystallineConfig(
@@ -29,7 +28,7 @@ def tokens_in_view(model, infos):
     return {"seen": float(infos[0]["attn"]["hard_codes"].sum())}
 
 
-RUN = Run(
+RUN = CodesRun(
     model=MODEL,
     machine=SIZES,
     seed=4,
@@ -39,107 +38,76 @@ RUN = Run(
     learning_rate=0.01,
     records=4,
     held_out=30,
-    measure=tokens_in_view,
+    readings=tokens_in_view,
 )
 
 
 @pytest.fixture(scope="module")
 def result():
-    return train(RUN)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def test_a_repeat_gives_every_value_again_and_leaves_the_global_random_state_alone(result):
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    again = train(RUN)
-    assert torch.equal(torch.get_rng_state(), before)
-    for one in (*again["history"], *result["history"]):
-        one.pop("seconds", None)
-    assert same(again, result)
+    return measure(RUN)
 
 
 def test_what_is_reported_is_what_the_returned_model_does(result):
-    machine, model = FiniteStateMachine(SIZES), CrystallineTransformer(MODEL)
-    model.load_state_dict(result["model"])
-    model.eval()
-    validation, test = (held_out(machine, part, 30, 12) for part in ("validation", "test"))
+    machine, model, row = FiniteStateMachine(SIZES), result.model(), result.rows[-1]
+    validation, test = (held_out_strings(machine, part, 30, 12) for part in ("validation", "test"))
     with torch.no_grad():
         (chosen_logits, chosen), (logits, reported) = (model(part.tokens) for part in (validation, test))
-    assert result["accuracy"] == pytest.approx((logits.argmax(-1) == test.targets).double().mean().item())
+    assert row["part"] == "test" and row["accuracy"] == pytest.approx((logits.argmax(-1) == test.targets).double().mean().item())
     nats = F.cross_entropy(logits.double().flatten(0, 1), test.targets.flatten()).item()
-    assert result["cross_entropy"] == pytest.approx(nats, rel=1e-5)
-    last = result["history"][-1]
+    assert row["cross_entropy"] == pytest.approx(nats, rel=1e-5)
+    last = result.history[-1]
     expected = F.cross_entropy(chosen_logits.double().flatten(0, 1), validation.targets.flatten()).item()
     assert last["cross_entropy"] == pytest.approx(expected, rel=1e-5) and last["step"] == 20 and last["seen"] == 30 * 12
     for kind in ("states", "after"):
         expected = held_out_alignment(
             (chosen, getattr(validation, kind)), (reported, getattr(test, kind)), 4, measure="ami", permutations=19
         )
-        assert same(result["aligned"][kind], expected)
-        for name, tables in result["counts"][kind].items():
-            block, part = int(name.split(",")[0][-1]), name.split(", ")[1]
-            codes = chosen[block][part]["hard_codes"]
-            assert tables.shape == (5, 6, 4) and torch.equal(tables[-1], contingency(codes, getattr(validation, kind), 4))
+        found = result.tensors["aligned"][kind]
+        assert found.name == expected.name and found.all_reported.keys() == expected.all_reported.keys()
+        for one, other in zip(found.all_reported.values(), expected.all_reported.values(), strict=True):
+            torch.testing.assert_close(tuple(one), tuple(other), rtol=0, atol=0, equal_nan=True)
+        for block, info in enumerate(chosen):
+            for part in ("attn", "mlp"):
+                tables = result.tensors[f"{kind}, block {block}, {part}"]
+                counts = contingency(info[part]["hard_codes"], getattr(validation, kind), 4)
+                assert tables.shape == (5, 6, 4) and torch.equal(tables[-1], counts)
 
 
 def test_the_bottleneck_is_chosen_by_what_the_run_says():
     torch.manual_seed(8)  # a start where the two measures choose differently
     model, machine = CrystallineTransformer(MODEL).eval(), FiniteStateMachine(SIZES)
-    parts = [held_out(machine, part, 30, 12) for part in ("validation", "test")]
+    parts = [held_out_strings(machine, part, 30, 12) for part in ("validation", "test")]
     with torch.no_grad():
         infos = [model(part.tokens)[1] for part in parts]
     names = []
-    for measure in ("purity", "ami"):
-        expected = held_out_alignment(
-            *zip(infos, (part.after for part in parts), strict=True), 4, measure=measure, permutations=1
-        )
-        result = train(replace(RUN, seed=8, steps=1, choose_by=measure))
-        assert result["untrained"]["after"].name == expected.name
+    for name in ("purity", "ami"):
+        expected = held_out_alignment(*zip(infos, (part.after for part in parts), strict=True), 4, measure=name, permutations=1)
+        result = measure(replace(RUN, seed=8, steps=1, choose_by=name))
+        assert result.tensors["untrained"]["after"].name == expected.name
         names.append(expected.name)
     assert names == ["block 1, mlp", "block 0, mlp"]
-
-
-def test_batches_are_drawn_by_the_seed(monkeypatch):
-    given = []
-    monkeypatch.setattr(
-        experiment,
-        "fit",
-        lambda model, sample, loss, config, **rest: given.append(config) or fit(model, sample, loss, config, **rest),
-    )
-    train(replace(RUN, steps=1, seed=9))
-    assert given[0].seed == 9 and given[0].steps == 1 and given[0].batch_size == 8
 
 
 def test_the_untrained_network_is_the_one_that_the_seed_begins_with(result):
     torch.manual_seed(4)
     model = CrystallineTransformer(MODEL).eval()
     machine = FiniteStateMachine(SIZES)
-    validation = held_out(machine, "validation", 30, 12)
+    validation = held_out_strings(machine, "validation", 30, 12)
     with torch.no_grad():
         logits, infos = model(validation.tokens)
-    first = result["history"][0]
+    first = result.history[0]
     expected = F.cross_entropy(logits.flatten(0, 1), validation.targets.flatten()).item()
     assert first["cross_entropy"] == pytest.approx(expected, rel=1e-5) and math.isnan(first["train_loss"])
     counts = contingency(infos[0]["attn"]["hard_codes"], validation.after, 4)
-    assert torch.equal(result["counts"]["after"]["block 0, attn"][0], counts)
-    assert first["temperature"] == 1.0 and result["history"][-1]["temperature"] == pytest.approx(0.5)
-    assert result["history"][-1]["cross_entropy"] < first["cross_entropy"]
+    assert torch.equal(result.tensors["after, block 0, attn"][0], counts)
+    assert first["temperature"] == 1.0 and result.history[-1]["temperature"] == pytest.approx(0.5)
+    assert result.history[-1]["cross_entropy"] < first["cross_entropy"]
 
 
 @pytest.mark.parametrize("name", ["fsm", "ambiguous", "parity"])
 def test_strings_carry_the_state_that_emitted_a_token_and_the_one_after_it(name):
     machine = make_machine(name)
-    text = draw(machine, torch.Generator().manual_seed(0), 20, 9)
+    text = sample_strings(machine, torch.Generator().manual_seed(0), 20, 9)
     assert all(part.shape == (20, 9) for part in text)
     if name == "parity":  # a transducer's state is that after the token
         assert torch.equal(text.after, text.states) and torch.equal(text.after, text.tokens.cumsum(1) % 2)
@@ -152,18 +120,18 @@ def test_strings_carry_the_state_that_emitted_a_token_and_the_one_after_it(name)
 
 def test_held_out_parts_are_the_same_for_every_run_and_differ_from_each_other():
     machine = make_machine("fsm")
-    first, again, other = (held_out(machine, part, 9, 12) for part in ("test", "test", "validation"))
+    first, again, other = (held_out_strings(machine, part, 9, 12) for part in ("test", "test", "validation"))
     assert all(map(torch.equal, first, again)) and not torch.equal(first.tokens, other.tokens)
 
 
 def test_the_loss_is_prediction_and_the_means_of_entropy_and_commitment_by_their_weights():
     torch.manual_seed(0)
     model = CrystallineTransformer(MODEL).eval()
-    text = draw(FiniteStateMachine(SIZES), torch.Generator().manual_seed(1), 3, 12)
+    text = sample_strings(FiniteStateMachine(SIZES), torch.Generator().manual_seed(1), 3, 12)
     logits, infos = model(text.tokens)
     every = [info[part] for info in infos for part in ("attn", "mlp")]
     entropy = sum(torch.special.entr(one["soft_codes"]).sum(-1).mean() for one in every) / 4
     commitment = sum((one["input"] - one["output"]).square().mean() for one in every) / 4
     plain = F.cross_entropy(logits.flatten(0, 1), text.targets.flatten())
-    torch.testing.assert_close(total_loss(model, text, 0.0, 0.0), plain)
-    torch.testing.assert_close(total_loss(model, text, 0.3, 0.7), plain + 0.3 * entropy + 0.7 * commitment)
+    torch.testing.assert_close(replace(RUN, compress=0.0, commit=0.0).loss(model, text), plain)
+    torch.testing.assert_close(replace(RUN, compress=0.3, commit=0.7).loss(model, text), plain + 0.3 * entropy + 0.7 * commitment)

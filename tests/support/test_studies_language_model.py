@@ -1,7 +1,6 @@
-"""A training that comes again bit for bit, its measures against loops written out, and the counters beside it."""
+"""A training of a language model, its measures against loops written out, and models that come back from their file."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,9 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel, dense_twin
-from nsm_support.ngrams import kneser_ney
-from nsm_support.studies import language_model as experiment
-from nsm_support.studies.language_model import Run, chapter_losses, read_corpus, read_windows, routing_measures, train, windows
+from nsm_support.studies import language_model
+from nsm_support.studies.language_model import (
+    LanguageModelRun,
+    chapter_losses,
+    load_trained,
+    read_corpus,
+    read_windows,
+    routing_measures,
+    save_trained,
+    windows,
+)
+from nsm_support.studies.protocol import measure
+from nsm_support.training import CheckpointError
 
 V = 270
 CONFIG = BlockFFNConfig(
@@ -43,90 +52,14 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(text):
-    return Run(model=CONFIG, text=text, seed=3, window=64, batch_size=2, steps=40, records=2, validated=5, held_out=3)
+    return LanguageModelRun(
+        model=CONFIG, text=text, seed=3, window=64, batch_size=2, steps=40, records=2, validated=5, held_out=3
+    )
 
 
 @pytest.fixture(scope="module")
 def trained(run):
-    return train(run)
-
-
-def by_the_formula(train, test, V, order):
-    """Kneser–Ney, one token at a time: dictionaries, no vectors."""
-
-    def occurrences(m):  # a Counter of (context, token)
-        return Counter((tuple(one[i - m : i]), one[i]) for one in train for i in range(m, len(one)))
-
-    levels = []
-    for m in range(order):
-        levels.append(occurrences(m) if m == order - 1 else Counter((c[1:], t) for c, t in occurrences(m + 1)))
-
-    def probability(context, token):
-        m = len(context)
-        shorter = probability(context[1:], token) if m else 1 / V
-        counts = levels[m]
-        after = {t: n for (c, t), n in counts.items() if c == context}
-        if not after:
-            return shorter
-        times = Counter(counts.values())
-        once = max(times[1], 1)
-        d = once / (once + 2 * times[2])
-        return (max(after.get(token, 0) - d, 0) + d * len(after) * shorter) / sum(after.values())
-
-    return [[-math.log(probability(tuple(one[max(0, i - order + 1) : i]), one[i])) for i in range(1, len(one))] for one in test]
-
-
-@pytest.mark.parametrize("order", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("below", [9, 3])  # of 3 letters, 0 to 0 to 1, every context that crosses a chapter's end is known
-def test_counting_is_the_formula(order, below):
-    chapters = [draw(n, below=below, seed=n).pow(2) // 4 for n in (40, 2, 31)]  # 0 … 16, some of them never
-    test = [draw(n, below=below, seed=n).pow(2) // 4 for n in (2, 3, 50)]
-    found = kneser_ney(chapters, test, 17, order=order)
-    wanted = by_the_formula([c.tolist() for c in chapters], [c.tolist() for c in test], 17, order)
-    assert [len(one) for one in found] == [1, 2, 49]
-    for one, plain in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, torch.tensor(plain, dtype=torch.float64), rtol=1e-12, atol=0)
-
-
-def test_counted_probabilities_sum_to_one():
-    chapters = [draw(200, below=6, seed=seed) for seed in range(3)]
-    for context in ([0, 1, 2], [6, 6, 6], [5, 6, 1]):  # token 6 never occurs
-        ends = [torch.tensor([*context, t]) for t in range(7)]
-        last = torch.stack([one[-1] for one in kneser_ney(chapters, ends, 7, order=4)])
-        assert last.neg().exp().sum().item() == pytest.approx(1, abs=1e-12)
-
-
-def test_any_vocabulary_of_any_order():
-    """Of a published tokenizer's size, where V^order is far beyond 64 bits: the last tokens are counted as the first are."""
-    chapters, test = [draw(300, below=5, seed=seed) for seed in range(2)], [draw(40, below=5, seed=9)]
-    (first,) = kneser_ney(chapters, test, 73_448, order=6)
-    (last,) = kneser_ney([73_443 + one for one in chapters], [73_443 + one for one in test], 73_448, order=6)
-    torch.testing.assert_close(last, first, rtol=1e-12, atol=0)
-    wanted = by_the_formula([one.tolist() for one in chapters], [test[0].tolist()], 73_448, 6)
-    torch.testing.assert_close(first, torch.tensor(wanted[0], dtype=torch.float64), rtol=1e-12, atol=0)
-
-
-def test_contexts_end_where_a_chapter_begins():
-    """Chapter after chapter begins with 1 after one that ended with 0; within chapters 2 follows 0."""
-    chapters = [torch.tensor([1, 0, 2, 3 + i % 4, 0]) for i in range(8)] + [torch.tensor([7, 6])]
-    (losses,) = kneser_ney(chapters, [torch.tensor([0, 1])], 8, order=2)
-    (within,) = kneser_ney(chapters, [torch.tensor([0, 2])], 8, order=2)
-    assert within.item() < 0.2 and losses.item() > 2
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"order": 0}, "order is at least 1"),
-        ({"vocab_size": 4}, "holds tokens from 0 to 4"),
-        ({"test": [torch.tensor([1])]}, "at least 2 tokens"),
-        ({"train": []}, "at least 2 tokens"),
-    ],
-)
-def test_counting_refuses(change, message):
-    given = {"train": [draw(60)], "test": [draw(9)], "vocab_size": 5, "order": 2} | change
-    with pytest.raises(ValueError, match=message):
-        kneser_ney(**given)
+    return measure(run)
 
 
 def test_windows_are_the_chapters_one_after_the_other():
@@ -194,42 +127,27 @@ def test_chapters_are_scored_each_by_itself():
     assert [len(one) for one in found] == [10, 1]
 
 
-def test_a_training_comes_again_bit_for_bit(run, trained):
-    before = torch.get_rng_state()
-    again = train(run)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(value, again["state"][name]) for name, value in trained["state"].items())
-    assert all(map(torch.equal, trained["losses"], again["losses"])) and trained["routing"] == again["routing"]
-    clocks = [
-        [{**record, "seconds": 0, "train_loss": str(record["train_loss"])} for record in one["history"]]
-        for one in (trained, again)
-    ]
-    assert clocks[0] == clocks[1]
-    other = train(replace(run, seed=4, steps=2))
-    assert not torch.equal(other["state"]["lm_head.weight"], trained["state"]["lm_head.weight"])
-
-
 def test_what_training_says_of_the_model_is_so(run, trained):
     corpus = read_corpus(run.text, V)
-    assert [record["step"] for record in trained["history"]] == [0, 20, 40]
-    first, last = trained["history"][0], trained["history"][-1]
+    assert [record["step"] for record in trained.history] == [0, 20, 40]
+    first, last = trained.history[0], trained.history[-1]
     assert first["validation_loss"] == pytest.approx(math.log(V), rel=0.05)
     assert first["token_sparsity"] == pytest.approx(0.5, abs=0.1)
     assert last["validation_loss"] < 0.8 * first["validation_loss"]
-    model = BlockFFNModel(CONFIG).eval()
-    model.load_state_dict(trained["state"])
-    for found, wanted in zip(chapter_losses(model, corpus.tokens.test[:3], 64), trained["losses"], strict=True):
+    model = trained.model()
+    for found, wanted in zip(chapter_losses(model, corpus.tokens.test[:3], 64), trained.tensors["losses"], strict=True):
         assert torch.equal(found, wanted)
     loss, scores = read_windows(model, *windows(corpus.tokens.test[:3], 64))
-    assert trained["routing"] == {"loss": loss, **routing_measures(scores)}
+    (row,) = trained.rows
+    assert row == {"seed": 3, "part": "test", "loss": loss, **routing_measures(scores), "seconds": row["seconds"]}
     inputs, targets = windows(corpus.tokens.validation, 64)
     chosen = torch.linspace(0, len(inputs) - 1, 5).long()
     assert last["validation_loss"] == read_windows(model, inputs[chosen], targets[chosen])[0]
 
 
 def test_a_dense_model_trains_alike_without_routing(run):
-    found = train(replace(run, model=dense_twin(CONFIG, 2.0), steps=2))
-    assert set(found["routing"]) == {"loss"} and "token_sparsity" not in found["history"][-1]
+    found = measure(replace(run, model=dense_twin(CONFIG, 2.0), steps=2))
+    assert set(found.rows[0]) == {"seed", "part", "loss", "seconds"} and "token_sparsity" not in found.history[-1]
 
 
 def test_training_reads_no_held_out_chapter(run, trained, monkeypatch):
@@ -237,8 +155,52 @@ def test_training_reads_no_held_out_chapter(run, trained, monkeypatch):
     tokens = corpus.tokens._replace(
         test=tuple(one.flip(0) for one in corpus.tokens.test), validation=tuple(one.flip(0) for one in corpus.tokens.validation)
     )
-    monkeypatch.setattr(experiment, "read_corpus", lambda *_: corpus._replace(tokens=tokens))
-    found = train(run)
-    assert all(torch.equal(value, found["state"][name]) for name, value in trained["state"].items())
-    assert found["history"][-1]["validation_loss"] != trained["history"][-1]["validation_loss"]
-    assert not torch.equal(found["losses"][0], trained["losses"][0])
+    monkeypatch.setattr(language_model, "read_corpus", lambda *_: corpus._replace(tokens=tokens))
+    found = measure(run)
+    assert all(torch.equal(value, found.state[name]) for name, value in trained.state.items())
+    assert found.history[-1]["validation_loss"] != trained.history[-1]["validation_loss"]
+    assert not torch.equal(found.tensors["losses"][0], trained.tensors["losses"][0])
+
+
+def models(*seeds, **options):
+    made = {}
+    for seed in seeds:
+        torch.manual_seed(seed)
+        made[seed] = BlockFFNModel(replace(CONFIG, **options)).eval()
+    return made
+
+
+def test_models_come_back_bit_for_bit(text, tmp_path):
+    corpus = read_corpus(text, V)
+    saved = models(3, 0)
+    save_trained(tmp_path / "models.pt", saved, corpus.tokenizer)
+    found = load_trained(tmp_path / "models.pt")
+    tokens = corpus.train[None, :40]
+    assert list(found.models) == [3, 0] and found.tokenizer.to_str() == corpus.tokenizer.to_str()
+    for seed, model in saved.items():
+        assert not found.models[seed].training and found.models[seed].config == model.config
+        state = found.models[seed].state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+        assert torch.equal(found.models[seed](tokens), model(tokens))
+    assert not torch.equal(found.models[0](tokens), found.models[3](tokens))
+
+
+def test_models_of_two_kinds_or_of_none_are_refused(text, tmp_path):
+    two = {0: models(0)[0], 1: models(1, num_experts=5)[1]}
+    for refused in ({}, two):
+        with pytest.raises(ValueError, match="one config"):
+            save_trained(tmp_path / "models.pt", refused, read_corpus(text, V).tokenizer)
+    assert not (tmp_path / "models.pt").exists()
+
+
+def test_a_damaged_file_is_refused(text, tmp_path):
+    path = tmp_path / "models.pt"
+    with pytest.raises(FileNotFoundError):
+        load_trained(path)
+    save_trained(path, models(0), read_corpus(text, V).tokenizer)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_trained(path)

@@ -8,30 +8,31 @@ import torch
 import torch.nn.functional as F
 
 from nsm_support.blockffn.gates import Gate
-from nsm_support.blockffn.hybrid import GatedHybridLayer, detach
+from nsm_support.blockffn.hybrid import GatedHybridLayer, detach, distillation_errors
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
-from nsm_support.studies import gate_comparison as gating
-from nsm_support.studies import sidecars
-from nsm_support.studies.corpus import load_corpus, save_trained
-from nsm_support.studies.gate_comparison import GateRun, InvertedGate, compare_gate, layer_passes, make_gate
+from nsm_support.corpus import load_corpus
+from nsm_support.studies import gate_comparison, sidecars
+from nsm_support.studies.gate_comparison import GATES, GateRun, InvertedGate, layer_passes
+from nsm_support.studies.language_model import save_trained
+from nsm_support.studies.protocol import measure
 from nsm_support.studies.sidecars import (
-    Material,
     Mixture,
+    Setup,
     SidecarRun,
     SweepRun,
     attach_all,
     evenly,
-    load,
+    load_models,
     load_sidecars,
+    load_windows,
     make_sidecars,
     mixed,
     model_pass,
-    pieces,
     save_sidecars,
-    score,
-    sweep,
-    train_sidecars,
+    score_windows,
+    sidecars_in,
 )
+from nsm_support.training import History
 
 MAMBA, T = {"state_dim": 4, "expand": 1}, 24
 
@@ -59,86 +60,84 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture
-def material(store):
-    return Material(models=str(store / "models.pt"), text=str(store / "text.txt"), window=T)
+def setup(store):
+    return Setup(models=str(store / "models.pt"), text=str(store / "text.txt"), window=T)
 
 
 @pytest.fixture
-def run(store, material):
+def run(store, setup):
     path = str(store / "sidecars.pt")
-    return GateRun(material=material, sidecars=path, base=0, seed=5, mode="routing_hard", steps=3, learning_rate=1e-2)
+    return GateRun(setup=setup, sidecars=path, base=0, seed=5, mode="routing_hard", steps=3, learning_rate=1e-2)
 
 
 @pytest.fixture
 def single(store, run):
     """One layer: what its gate hears does not depend on what gates did before."""
-    material = replace(run.material, models=str(store / "single.pt"))
-    return replace(run, material=material, sidecars=str(store / "single_sidecars.pt"), steps=0)
+    setup = replace(run.setup, models=str(store / "single.pt"))
+    return replace(run, setup=setup, sidecars=str(store / "single_sidecars.pt"), steps=0)
 
 
-def test_windows_are_the_beginnings_of_whole_chapters(material):
-    corpus, text = load_corpus(material.text, tokenizer=load(material).tokenizer), pieces(material)
+def test_windows_are_the_beginnings_of_whole_chapters(setup):
+    corpus, text = load_corpus(setup.text, tokenizer=load_models(setup).tokenizer), load_windows(setup)
     assert torch.equal(text.test[:, 0], torch.stack([chapter[: T + 1] for chapter in corpus.tokens.test]))
-    more = pieces(replace(material, windows=3)).test  # (C, 3, T + 1)
+    more = load_windows(replace(setup, windows=3)).test  # (C, 3, T + 1)
     assert torch.equal(more[:, 0], text.test[:, 0]) and torch.equal(more[:, 1:, 0], more[:, :-1, -1])
     assert torch.equal(more[2, 2], corpus.tokens.test[2][2 * T : 3 * T + 1])
     assert torch.equal(text.stream, corpus.train) and len(text.train) == len(corpus.tokens.train)
-    few = pieces(replace(material, chapters=2))
+    few = load_windows(replace(setup, chapters=2))
     assert torch.equal(few.test, text.test[[0, -1]]) and torch.equal(few.train, text.train[[0, -1]])
     assert evenly(torch.arange(9), 3).tolist() == [0, 4, 8] and evenly(torch.arange(2), 5).tolist() == [0, 1]
     with pytest.raises(ValueError, match="no chapter has the 1000001 tokens"):
-        pieces(replace(material, window=10**6))
+        load_windows(replace(setup, window=10**6))
 
 
-def test_score_is_the_mean_loss_of_every_token_but_the_first(material):
-    model, windows = load(material).models[0], pieces(replace(material, windows=2)).test
-    scored = score(model, windows)
+def test_score_is_the_mean_loss_of_every_token_but_the_first(setup):
+    model, windows = load_models(setup).models[0], load_windows(replace(setup, windows=2)).test
+    scored = score_windows(model, windows)
     for chapter, nats in zip(windows[:2], scored.nats, strict=False):
         with torch.no_grad():
             each = [F.cross_entropy(model(row[None, :t])[0, -1], row[t]).double() for row in chapter for t in range(1, T + 1)]
         assert nats.item() == pytest.approx(torch.stack(each).mean().item(), abs=1e-5)
     assert scored.alpha.shape == (0,)
     with mixed(model, make_sidecars(model, 0, MAMBA), (0.25, 1.0)):
-        mixture = score(model, windows)
+        mixture = score_windows(model, windows)
     assert mixture.alpha.tolist() == [0.25, 1.0] and (mixture.tokens == 0.625).all()
-    assert torch.equal(score(model, windows).nats, scored.nats), "detached again"
+    assert torch.equal(score_windows(model, windows).nats, scored.nats), "detached again"
 
 
-def test_layer_0_hears_its_own_router_and_the_others_the_one_before(material):
-    model = load(material).models[0]
+def test_layer_0_hears_its_own_router_and_the_others_the_one_before(setup):
+    model = load_models(setup).models[0]
     attach_all(model, make_sidecars(model, 0, MAMBA), lambda i: Gate("routing_hard"))
     assert [layer.source for layer in model.layers] == ["own", "previous"]
 
 
-def test_training_of_sidecars_is_repeatable_and_helps_and_leaves_the_model(material, monkeypatch):
-    trained = load(material)
-    monkeypatch.setattr(sidecars, "load", lambda material: trained)
+def test_training_of_sidecars_helps_and_leaves_the_model(setup, monkeypatch):
+    trained = load_models(setup)
+    monkeypatch.setattr(sidecars, "load_models", lambda setup: trained)
     base, before = trained.models[0], {name: value.clone() for name, value in trained.models[0].state_dict().items()}
-    run = SidecarRun(material=material, base=0, seed=3, mamba=MAMBA, distil_steps=60, tune_steps=10, learning_rate=1e-2)
-    first, second = train_sidecars(run), train_sidecars(run)
+    run = SidecarRun(setup=setup, base=0, seed=3, mamba=MAMBA, distil_steps=60, tune_steps=10, learning_rate=1e-2)
+    result = measure(run)
+    errors = {(row["sidecar"], row["layer"]): row["error"] for row in result.rows}
     for i in (0, 1):
-        one, other = (result["sidecars"][i].state_dict() for result in (first, second))
-        assert all(torch.equal(value, other[name]) for name, value in one.items())
-        assert first["errors"]["distilled"][i] < 0.8 * first["errors"]["untrained"][i]
-        assert first["errors"]["tuned"][i] != first["errors"]["distilled"][i]
-    assert first["errors"] == second["errors"]
+        assert errors["distilled", i] < 0.8 * errors["untrained", i] and errors["tuned", i] != errors["distilled", i]
+    students, tokens = sidecars_in(result.model()), evenly(load_windows(setup).test, 32)[:, 0, :-1]
+    with torch.no_grad():
+        assert distillation_errors(base, students, tokens)[1].item() == pytest.approx(errors["tuned", 1])
     assert before.keys() == base.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
-    other = train_sidecars(replace(run, seed=4))
-    assert other["errors"]["untrained"] != first["errors"]["untrained"], "another seed begins elsewhere"
     trained.models[1] = base
-    other = train_sidecars(replace(run, base=1, distil_steps=1))
-    assert other["errors"]["untrained"] != first["errors"]["untrained"], "and so do those of another base model"
+    other = replace(run, base=1).build()
+    assert not torch.equal(other["0"].norm.weight * other["0"].block.in_proj.weight, run.build()["0"].block.in_proj.weight)
     gates = [
-        make_gate(GateRun(material=material, sidecars="", base=b, seed=s, mode="random_hard"), i, 8)
+        GateRun(setup=setup, sidecars="", base=b, seed=s, mode="random_hard").make_gate(i, 8)
         for b in (0, 1)
         for s in (0, 1)
         for i in (0, 1)
     ]
-    assert len({gate.seed for gate in gates}) == 8
+    assert len({gate.seed for gate in gates}) == 8, "runs of two base models share no draw"
 
 
-def test_every_layer_has_an_alpha_of_its_own_while_it_is_tuned(material, monkeypatch):
+def test_every_layer_has_an_alpha_of_its_own_while_it_is_tuned(setup, monkeypatch):
     drawn = []
 
     def watch(model, sample_batch, config):
@@ -148,7 +147,7 @@ def test_every_layer_has_an_alpha_of_its_own_while_it_is_tuned(material, monkeyp
             drawn.append([layer.gate.alpha for layer in model.layers])
 
     monkeypatch.setattr(sidecars, "tune", watch)
-    train_sidecars(SidecarRun(material=material, base=0, seed=3, mamba=MAMBA, distil_steps=1, tune_steps=1))
+    measure(SidecarRun(setup=setup, base=0, seed=3, mamba=MAMBA, distil_steps=1, tune_steps=1))
     drawn = np.array(drawn)
     assert np.abs(drawn.mean(0) - 0.5).max() < 0.07 and np.abs(drawn.std(0) - 12**-0.5).max() < 0.04
     assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.2
@@ -163,25 +162,26 @@ def test_sidecars_come_back_as_they_were(store):
 
 def test_sweep_ends_are_the_model_and_its_sidecars(run):
     ends = (Mixture((0.0, 0.0)), Mixture((1.0, 1.0)), Mixture((1.0, 1.0), "silent"), Mixture((1.0, 1.0), "untrained"))
-    found = sweep(SweepRun(material=run.material, sidecars=run.sidecars, base=0, seed=5, mixtures=ends, mamba={"state_dim": 3}))
-    model, windows = load(run.material).models[0], pieces(run.material).test
-    assert torch.equal(found["baseline"], score(model, windows).nats)
+    sweep = SweepRun(setup=run.setup, sidecars=run.sidecars, base=0, seed=5, mixtures=ends, mamba={"state_dim": 3})
+    found = measure(sweep).tensors
+    model, windows = load_models(run.setup).models[0], load_windows(run.setup).test
+    assert torch.equal(found["baseline"], score_windows(model, windows).nats)
     assert torch.equal(found[ends[0]], found["baseline"])
-    mute = load(run.material).models[0]
+    mute = load_models(run.setup).models[0]
     for layer in mute.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    torch.testing.assert_close(found[ends[2]], score(mute, windows).nats, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[ends[2]], score_windows(mute, windows).nats, rtol=1e-6, atol=1e-6)
     given = load_sidecars(run.sidecars)[0, 5]
     for i, layer in enumerate(model.layers):
         layer.self_attn = given[i]
-    assert torch.equal(found[ends[1]], score(model, windows).nats)
+    assert torch.equal(found[ends[1]], score_windows(model, windows).nats)
     assert not torch.equal(found[ends[3]], found[ends[1]]), "other sidecars"
 
 
 def test_passes_are_what_is_measured(run):
-    tokens = pieces(run.material).stream[:600][None]
-    model, given = load(run.material).models[0], load_sidecars(run.sidecars)[0, 5]
-    at_half = SweepRun(material=run.material, sidecars=run.sidecars, base=0, seed=5, mixtures=())
+    tokens = load_windows(run.setup).stream[:600][None]
+    model, given = load_models(run.setup).models[0], load_sidecars(run.sidecars)[0, 5]
+    at_half = SweepRun(setup=run.setup, sidecars=run.sidecars, base=0, seed=5, mixtures=())
     with torch.no_grad():
         x = model.model.embed_tokens(tokens) * 12.0
         plain = model.layers[0](x)[0]
@@ -198,22 +198,14 @@ def test_passes_are_what_is_measured(run):
     assert agree.float().mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_same_run_same_bits_and_other_seed_other_bits(run):
-    first, second, other = compare_gate(run), compare_gate(run), compare_gate(replace(run, base=1))
-    for when in ("before", "after"):
-        assert all(torch.equal(a, b) for a, b in zip(first[when], second[when], strict=True))
-        assert not torch.equal(first[when].nats, other[when].nats)
-    assert first["threshold"] == second["threshold"] and not torch.equal(first["before"].nats, first["after"].nats)
-
-
 @pytest.mark.parametrize("mode", ["routing_soft", "shuffled_hard", "learned_hard", "inverted_soft", "fixed"])
 def test_tuning_leaves_the_model(run, mode, monkeypatch):
-    trained = load(run.material)
-    monkeypatch.setattr(gating, "load", lambda material: trained)
+    trained = load_models(run.setup)
+    monkeypatch.setattr(sidecars, "load_models", lambda setup: trained)
     base = trained.models[0]
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    result = compare_gate(replace(run, mode=mode, map_steps=2, steps=5))
-    assert not torch.equal(result["before"].nats, result["after"].nats)
+    result = measure(replace(run, mode=mode, map_steps=2, steps=5))
+    assert not torch.equal(result.tensors["before"].nats, result.tensors["after"].nats)
     detach(base)
     assert before.keys() == base.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
@@ -221,39 +213,40 @@ def test_tuning_leaves_the_model(run, mode, monkeypatch):
 
 def test_gates_see_the_same_batches(run):
     modes = ("routing_hard", "shuffled_soft", "learned_hard", "random_soft", "fixed")
-    seen = {compare_gate(replace(run, mode=mode, map_steps=2))["batches"] for mode in modes}
+    seen = {measure(replace(run, mode=mode, map_steps=2)).tensors["batches"] for mode in modes}
     assert len(seen) == 1 and min(seen) > 0
 
 
 def test_another_seed_has_other_batches(store, run, tmp_path):
     path = str(tmp_path / "more.pt")
     save_sidecars(path, {(0, seed): make_sidecars(make(0), seed, MAMBA) for seed in (5, 6)}, MAMBA)
-    assert len({compare_gate(replace(run, sidecars=path, seed=seed))["batches"] for seed in (5, 6)}) == 2
+    assert len({measure(replace(run, sidecars=path, seed=seed)).tensors["batches"] for seed in (5, 6)}) == 2
 
 
 @pytest.mark.parametrize("alpha", [0.25, 0.5])
 def test_gates_are_compared_at_one_mean(run, alpha):
-    for mode in gating.GATES:
-        result = compare_gate(replace(run, mode=mode, alpha=alpha, steps=1, map_steps=1))
+    for mode in GATES:
+        result = measure(replace(run, mode=mode, alpha=alpha, steps=1, map_steps=1))
         # 64 chapters of 24 tokens, or as many as there are
-        assert result["calibrated"] == pytest.approx([alpha, alpha], abs=1e-3), mode
-        assert (result["after"].alpha - alpha).abs().max() < 0.1, mode
-        assert result["after"].tokens.mean().item() == pytest.approx(result["after"].alpha.mean().item(), abs=1e-6)
+        assert result.tensors["calibrated"] == pytest.approx([alpha, alpha], abs=1e-3), mode
+        after = result.tensors["after"]
+        assert (after.alpha - alpha).abs().max() < 0.1, mode
+        assert after.tokens.mean().item() == pytest.approx(after.alpha.mean().item(), abs=1e-6)
 
 
 def test_thresholds_are_set_anew_after_tuning(run):
     """Of the oracle, whose signal the tuning itself changes."""
     run = replace(run, mode="oracle_hard", steps=20, learning_rate=0.05)
-    tuned, given = compare_gate(run), compare_gate(replace(run, steps=0))
-    assert max(abs(a - b) for a, b in zip(tuned["threshold"], given["threshold"], strict=True)) > 0.01
-    assert (tuned["after"].alpha - 0.5).abs().max() < 0.1
+    tuned, given = measure(run), measure(replace(run, steps=0))
+    assert max(abs(a - b) for a, b in zip(tuned.tensors["threshold"], given.tensors["threshold"], strict=True)) > 0.01
+    assert (tuned.tensors["after"].alpha - 0.5).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("shape", ["hard", "soft"])
 def test_controls_of_one_signal(single, shape):
     """Shuffled: the same α in each chapter, elsewhere. Inverted: what routing leaves."""
     routing, shuffled, inverted = (
-        compare_gate(replace(single, mode=f"{kind}_{shape}"))["before"].tokens for kind in ("routing", "shuffled", "inverted")
+        measure(replace(single, mode=f"{kind}_{shape}")).tensors["before"].tokens for kind in ("routing", "shuffled", "inverted")
     )
     assert torch.equal(routing.sort(1).values, shuffled.sort(1).values)
     assert (routing != shuffled).float().mean() > 0.3
@@ -271,15 +264,18 @@ def test_inverted_gate_keeps_the_mean():
 
 
 def test_nothing_of_the_test_reaches_a_threshold(run, monkeypatch):
-    text = pieces(run.material)
+    text = load_windows(run.setup)
     other = text._replace(test=(text.test + 7) % 270, validation=(text.validation + 3) % 270)
     for mode in ("routing_hard", "learned_soft", "position_hard", "oracle_soft"):
-        honest = compare_gate(replace(run, mode=mode, map_steps=2))
+        honest = measure(replace(run, mode=mode, map_steps=2))
         with monkeypatch.context() as patch:
-            patch.setattr(gating, "pieces", lambda material: other)
-            blind = compare_gate(replace(run, mode=mode, map_steps=2))
-        assert honest["threshold"] == blind["threshold"] and honest["calibrated"] == blind["calibrated"]
-        assert not torch.equal(honest["after"].nats, blind["after"].nats)
+            patch.setattr(gate_comparison, "load_windows", lambda setup: other)
+            blind = measure(replace(run, mode=mode, map_steps=2))
+        assert (
+            honest.tensors["threshold"] == blind.tensors["threshold"]
+            and honest.tensors["calibrated"] == blind.tensors["calibrated"]
+        )
+        assert not torch.equal(honest.tensors["after"].nats, blind.tensors["after"].nats)
 
 
 def test_draws_are_new_in_every_batch_and_back_afterwards(run, monkeypatch):
@@ -290,12 +286,15 @@ def test_draws_are_new_in_every_batch_and_back_afterwards(run, monkeypatch):
         for _ in range(4):
             sample_batch(generator, 1)
             seen.append([layer.gate.seed for layer in model.layers])
+        return History()
 
-    fixed = compare_gate(replace(run, mode="random_hard", steps=0))
-    monkeypatch.setattr(gating, "tune", watch)
-    result = compare_gate(replace(run, mode="random_hard"))
+    fixed = measure(replace(run, mode="random_hard", steps=0))
+    monkeypatch.setattr(gate_comparison, "tune", watch)
+    result = measure(replace(run, mode="random_hard"))
     assert len({seed for batch in seen for seed in batch}) == 8, "each batch, each layer"
-    assert torch.equal(result["after"].tokens, fixed["before"].tokens), "the draws of evaluation are not those of training"
+    assert torch.equal(result.tensors["after"].tokens, fixed.tensors["before"].tokens), (
+        "the draws of evaluation are not those of training"
+    )
 
 
 def test_a_learned_map_is_trained_apart_and_the_sidecars_begin_as_everybodys(run, monkeypatch):
@@ -306,18 +305,18 @@ def test_a_learned_map_is_trained_apart_and_the_sidecars_begin_as_everybodys(run
         begun.append([layer.gate.map.weight.abs().max().item() for layer in model.layers])
         return original(model, sample_batch, config)
 
-    original = gating.tune
-    monkeypatch.setattr(gating, "tune", watch)
-    compare_gate(replace(run, mode="learned_hard", map_steps=4))
+    original = gate_comparison.tune
+    monkeypatch.setattr(gate_comparison, "tune", watch)
+    measure(replace(run, mode="learned_hard", map_steps=4))
     first, maps, second, trained = begun
     assert all(torch.equal(p, b[n]) for a, b in zip(first, second, strict=True) for n, p in a.items())
     assert max(maps) == 0 < min(trained)
 
 
 def test_every_layer_and_seed_draws_for_itself(run):
-    gates = [gating.make_gate(replace(run, mode="random_hard", seed=seed), layer, 16) for seed in (5, 6) for layer in (0, 1)]
+    gates = [replace(run, mode="random_hard", seed=seed).make_gate(layer, 16) for seed in (5, 6) for layer in (0, 1)]
     assert len({gate.seed for gate in gates}) == 4
-    assert isinstance(gating.make_gate(replace(run, mode="inverted_soft"), 0, 16), InvertedGate)
+    assert isinstance(replace(run, mode="inverted_soft").make_gate(0, 16), InvertedGate)
     model = make(0)
-    attach_all(model, make_sidecars(model, 5, MAMBA), lambda i: gating.make_gate(run, i, 16))
+    attach_all(model, make_sidecars(model, 5, MAMBA), lambda i: run.make_gate(i, 16))
     assert all(isinstance(layer, GatedHybridLayer) for layer in model.layers)

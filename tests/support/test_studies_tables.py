@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import sys
 import types
 from pathlib import Path
@@ -11,8 +12,14 @@ import pandas as pd
 import pytest
 import torch
 
-from nsm_support.blockffn.signals import prompt_record, write_routing_signals
-from nsm_support.studies.tables import change, write_alpha_sweep, write_gated_hybrid, write_layer_replacement
+from nsm_support.studies.tables import (
+    change,
+    prompt_record,
+    write_alpha_sweep,
+    write_gated_hybrid,
+    write_layer_replacement,
+    write_routing_signals,
+)
 
 SWEEP = [
     {"alpha": "baseline", "perplexity": 30.0, "memory_gb": 0.5, "tokens_per_second": 900.0},
@@ -148,3 +155,67 @@ def test_a_full_disk_leaves_the_file_of_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_alpha_sweep(path, SWEEP[:2])
     assert path.read_bytes() == old and [*tmp_path.iterdir()] == [path]
+
+
+def counted(activations):
+    """Every number of a record, by loops."""
+    layers, tokens, experts = activations.shape
+    used = [[[e for e in range(experts) if activations[i, t, e] > 0] for t in range(tokens)] for i in range(layers)]
+    per_token = {str(i): [1 - len(used[i][t]) / experts for t in range(tokens)] for i in range(layers)}
+    per_layer = {i: sum(values) / tokens for i, values in per_token.items()}
+    return used, per_token, per_layer, sum(per_layer.values()) / layers
+
+
+def test_file_holds_the_fields_and_the_tokens_own_numbers(tmp_path):
+    path = tmp_path / "routing_signals.json"
+    texts = [["In", " the", " begin", "ning"], ["And", " it", " ca", "me", " to", " pass"]]
+    generator = torch.Generator().manual_seed(0)
+    signals = [torch.randn(3, len(words), 6, generator=generator).relu() for words in texts]
+    records = [prompt_record("".join(words), words, signal) for words, signal in zip(texts, signals, strict=True)]
+    write_routing_signals(path, "tiny", iter(records))
+    data = json.loads(path.read_text())
+    assert data["model_name"] == "tiny" and len(data["prompts"]) == 2
+    for words, signal, prompt in zip(texts, signals, data["prompts"], strict=True):
+        used, per_token, per_layer, overall = counted(signal)
+        assert prompt["prompt"] == "".join(words) and prompt["tokens"] == words and prompt["seq_len"] == len(words)
+        assert prompt["signal_shapes"] == {str(i): [len(words), 6] for i in range(3)}
+        assert prompt["active_experts"] == {str(i): used[i] for i in range(3)}
+        assert prompt["overall_sparsity"] == pytest.approx(overall)
+        assert prompt["per_layer_sparsity"] == pytest.approx(per_layer)
+        for layer, values in per_token.items():
+            assert prompt["per_token_sparsity"][layer] == pytest.approx(values)
+        assert 0 < prompt["overall_sparsity"] < 1
+
+
+def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "routing_signals.json"
+    record = prompt_record("ab", ["a", "b"], torch.rand(1, 2, 3))
+    write_routing_signals(path, "first", [record])
+    old = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        write_routing_signals(path, "second", [record, {**record, "overall_sparsity": float("nan")}])
+    monkeypatch.setattr("os.fsync", lambda file: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_routing_signals(path, "third", [record])
+    assert path.read_bytes() == old and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("activations", [torch.rand(1, 3, 4), torch.rand(2, 4), torch.rand(1, 1, 2, 4)])
+def test_record_refuses_signals_of_other_tokens(activations):
+    with pytest.raises(ValueError, match="2 tokens take"):
+        prompt_record("ab", ["a", "b"], activations)
+    with pytest.raises(ValueError, match="0 tokens take"):
+        prompt_record("", [], activations[:, :0])
+
+
+def test_numbers_are_exact_whatever_the_models_type_is():
+    """A share of experts is no bfloat16: 1/3 there is 0.3340."""
+    record = prompt_record("ab", ["a", "b"], torch.tensor([[[0, 1, 2], [0, 0, 1]]], dtype=torch.bfloat16))
+    assert record["per_token_sparsity"] == {"0": [pytest.approx(1 / 3, abs=1e-15), pytest.approx(2 / 3, abs=1e-15)]}
+    assert record["overall_sparsity"] == pytest.approx(0.5, abs=1e-15)
+
+
+def test_file_refuses_no_prompts(tmp_path):
+    with pytest.raises(ValueError, match="at least one"):
+        write_routing_signals(tmp_path / "routing_signals.json", "tiny", [])
+    assert not list(tmp_path.iterdir())
