@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Generator, Tensor, nn
 
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel, losses
 from nsm_support.blockffn.objectives import chunk_sparsity, dead_experts, token_sparsity
-from nsm_support.corpus import Corpus, load_corpus
+from nsm_support.corpus import Corpus, Tokenizer, load_corpus
 from nsm_support.data import window_sampler
 from nsm_support.metrics import token_losses
 from nsm_support.studies.protocol import FittedRun, Scores

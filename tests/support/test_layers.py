@@ -45,7 +45,7 @@ def test_no_import_crosses_the_layers(imports):
         ("nsm_support.data", "nsm_book.pages"),
         ("nsm_book.gate", "nsm_support.training"),
         ("nsm_book.gate", "nsm_support.nsm.layer"),
-        ("nsm_support.crystalline.codes.losses", "nsm_support.nsm.layer"),
+        ("nsm_support.crystalline.codes.bottleneck", "nsm_support.nsm.layer"),
         ("nsm_support.mixers.mamba", "nsm_support.blockffn.ffn"),
         ("nsm_support.blockffn.signals", "nsm_support.studies.tables"),
     ],
