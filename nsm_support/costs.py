@@ -11,12 +11,13 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -196,3 +197,30 @@ def _growth(function: Callable[[], Any]) -> int:
     before = resident("VmRSS")
     function()
     return resident("VmHWM") - before
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def match_parameters(build: Callable[[int], nn.Module], parameters: int, widths: Iterable[int]) -> tuple[int, nn.Module]:
+    """The width at which `build(width)` has most nearly so many parameters, and the module, built once.
+
+    The module is what `build(width)` gives under the present random state, which stays as it was: seed before each.
+
+    Raises:
+        ValueError: if the nearest is more than 5 % away.
+    """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.device("meta"):  # sizes without numbers, and without drawing any
+            counts = {width: count_parameters(build(width)) for width in widths}
+        if not counts:
+            raise ValueError("match_parameters: no width was given to choose from")
+        width = min(counts, key=lambda width: abs(counts[width] - parameters))
+        if abs(counts[width] - parameters) > 0.05 * parameters:
+            raise ValueError(
+                f"no width gives {parameters:,} parameters within 5 %; nearest is width {width} with {counts[width]:,}, of "
+                f"{len(counts)} widths from {min(counts)} to {max(counts)}"
+            )
+        return width, build(width)

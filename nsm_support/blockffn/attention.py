@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsm_support.mixers.cache import Cache
+
 CHUNK = 128  # queries at a time in `attend_at`: many enough for a matrix product, few enough to skip later keys
 
 
@@ -42,7 +44,9 @@ def attend_at(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
 
 
 class CausalAttention(nn.Module):
-    """What both kinds share. Each adds `queries` (x, positions) → [B,H,Q,K] and `keys_values` x → [B,H,T,K], [B,H,T,V]."""
+    """What both kinds share. Each adds `queries` (x, positions) → [B,H,Q,K], and `keys_values` → [B,H,T,K], [B,H,T,V]."""
+
+    o_proj: nn.Linear
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Tokens [B,T,D] → [B,T,D], each from itself and those before it.
@@ -50,21 +54,35 @@ class CausalAttention(nn.Module):
         With `positions` [B,Q], sorted, only the outputs at these places [B,Q,D]: keys and values are made of all
         tokens, but queries, their products and the output projection of these alone.
         """
-        k, v = self.keys_values(x)
-        V = v.shape[-1]
-        v = F.pad(v, (0, max(0, k.shape[-1] - V)))  # equal widths: the path that never holds T × T numbers
+        k, v, V = self._padded(x)
         if positions is None:
-            q = self.queries(x, torch.arange(x.shape[1], device=x.device))
+            q = self.queries(x, _places(x))
             heard = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             chosen = x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))  # (B, Q, D)
             heard = attend_at(self.queries(chosen, positions), k, v, positions)
         return self.o_proj(heard[..., :V].transpose(1, 2).flatten(-2))
 
+    def start(self, batch_size: int) -> Cache:
+        """No keys and values yet, as wide and as many as a token's."""
+        k = self._padded(self.o_proj.weight.new_zeros(batch_size, 1, self.o_proj.out_features))[0]
+        return Cache.empty(k, batch_size, k.shape[1], k.shape[-1])
+
+    def go_on(self, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """`forward` of the first tokens [B,T,D] of a stream, or of the next one [B,1,D]; and the cache after."""
+        k, v, V = self._padded(x, cache.length)
+        heard, cache = cache.attend(self.queries(x, _places(x, cache.length)), k, v)
+        return self.o_proj(heard[..., :V].transpose(1, 2).flatten(-2)), cache
+
+    def _padded(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, int]:
+        """Keys and values of equal width, for the path that never holds T × T numbers; and the values' own width."""
+        k, v = self.keys_values(x, start)
+        return k, F.pad(v, (0, max(0, k.shape[-1] - v.shape[-1]))), v.shape[-1]
+
     def queries(self, x: Tensor, positions: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
 
@@ -83,9 +101,9 @@ class Attention(CausalAttention):
     def queries(self, x: Tensor, positions: Tensor) -> Tensor:
         return rotate_half(_heads(self.q_proj(x), self.num_heads), positions, self.theta)
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         k, v = (_heads(proj(x), self.num_key_value_heads) for proj in (self.k_proj, self.v_proj))
-        return rotate_half(k, torch.arange(x.shape[1], device=x.device), self.theta), v
+        return rotate_half(k, _places(x, start), self.theta), v
 
 
 class LatentAttention(CausalAttention):
@@ -113,11 +131,16 @@ class LatentAttention(CausalAttention):
         plain, turned = q.split((self.nope, self.rope), -1)
         return torch.cat((plain, rotate_half(turned, positions, self.theta)), -1)
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         latent, turned = self.kv_a_proj_with_mqa(x).split((self.kv_a_layernorm.weight.shape[0], self.rope), -1)
         k, v = _heads(self.kv_b_proj(self.kv_a_layernorm(latent)), self.num_heads).split((self.nope, self.value), -1)
-        turned = rotate_half(turned[:, None], torch.arange(x.shape[1], device=x.device), self.theta)  # (B, 1, T, rope)
+        turned = rotate_half(turned[:, None], _places(x, start), self.theta)  # (B, 1, T, rope)
         return torch.cat((k, turned.expand(-1, self.num_heads, -1, -1)), -1), v
+
+
+def _places(x: Tensor, start: int = 0) -> Tensor:
+    """The positions [T] of tokens [B,T,D], the first at `start`."""
+    return torch.arange(start, start + x.shape[1], device=x.device)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

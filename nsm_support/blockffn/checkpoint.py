@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
@@ -155,9 +156,6 @@ def _parts(folder: Path) -> Iterator[dict[str, Tensor]]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        with extra("checkpoints"):
-            from safetensors.torch import load_file
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

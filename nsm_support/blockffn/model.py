@@ -17,7 +17,9 @@ from nsm_support.blockffn.attention import Attention, LatentAttention
 from nsm_support.blockffn.ffn import BlockFFN
 from nsm_support.blockffn.objectives import chunk_sparsity_loss, locality_loss
 from nsm_support.blockffn.router import NORMS, Routed
-from nsm_support.checks import check, check_choice, check_sizes
+from nsm_support.checks import check, check_choice, check_shape, check_sizes
+from nsm_support.mixers.cache import Cache
+from nsm_support.models import Stream, StreamedModel, Trace
 
 ATTENTIONS, FFNS = ("vanilla", "mla"), ("block", "dense")
 
@@ -130,6 +132,18 @@ class BlockFFNLayer(nn.Module):
         """
         return self.finish(x, self.self_attn(self.input_layernorm(x)))
 
+    def start(self, batch_size: int) -> Cache:
+        return self.self_attn.start(batch_size)
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, Cache]:
+        mixed, cache = self.self_attn.go_on(self.input_layernorm(x), self.start(len(x)))
+        return self.finish(x, mixed)[0], cache
+
+    def step(self, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        x = x[:, None]  # (B, 1, D)
+        mixed, cache = self.self_attn.go_on(self.input_layernorm(x), cache)
+        return self.finish(x, mixed)[0][:, 0], cache
+
     def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Routed | None]:
         """What follows the mixing of tokens: the residual around it, and the FFN with its own."""
         x = x + self.scale * mixed
@@ -148,8 +162,10 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.token_dim, eps=config.rms_norm_eps)
 
 
-class BlockFFNModel(nn.Module):
+class BlockFFNModel(StreamedModel):
     """A causal language model: token numbers [B,T] → logits [B,T,V] of the next ones."""
+
+    Config = BlockFFNConfig
 
     def __init__(self, config: BlockFFNConfig):
         super().__init__()
@@ -167,22 +183,35 @@ class BlockFFNModel(nn.Module):
         return self.model.layers
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.forward_with_routing(tokens)[0]
+        return self.trace(tokens).outputs
 
-    def forward_with_routing(self, tokens: Tensor) -> tuple[Tensor, list[Routed | None]]:
+    def trace(self, tokens: Tensor) -> Trace:
         """`forward`, and how each layer routed the tokens, scores and logits [B,T,E] (None where a layer is dense).
 
         Raises ValueError for tokens that are not [B,T], or none.
         """
-        if tokens.dim() != 2 or 0 in tokens.shape:
-            raise ValueError(f"tokens have shape [B, T], at least one; got {list(tokens.shape)}")
-        x = self.model.embed_tokens(tokens) * self.config.scale_emb  # (B, T, D)
-        routing, routed = [], None
+        x, routing, routed = self._embed(tokens), [], None
         for layer in self.layers:
             x, routed = layer(x, routed)
             routing.append(routed)
-        x = self.model.norm(x) / (self.config.token_dim / self.config.dim_model_base)
-        return self.lm_head(x), routing
+        return Trace(self._read_out(x), tuple(routing))
+
+    def start(self, batch_size: int) -> Stream:
+        """The stream before the first token. Raises ValueError where sidecars are attached: they do not stream."""
+        plain = all(isinstance(layer, BlockFFNLayer) for layer in self.layers)
+        check(self, plain, "layers without sidecars (see `detach`)", layers=[type(layer).__name__ for layer in self.layers])
+        return super().start(batch_size)
+
+    def _embed(self, inputs: Tensor, start: int = 0) -> Tensor:
+        check_shape(self, "tokens", inputs, "B T")
+        check(self, inputs.numel(), "at least one token", tokens=list(inputs.shape))
+        return self.model.embed_tokens(inputs) * self.config.scale_emb  # (B, T, D)
+
+    def _read_out(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.model.norm(x) / (self.config.token_dim / self.config.dim_model_base))
+
+    def _conclude(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        return self._read_out(tokens), stream
 
 
 class Losses(NamedTuple):
@@ -198,7 +227,7 @@ def losses(model: BlockFFNModel, batch: tuple[Tensor, Tensor]) -> Losses:
     """The loss of inputs and targets [B,T], and its parts; `losses(model, batch).total` is a `training.fit` loss."""
     inputs, targets = batch
     config = model.config
-    logits, routing = model.forward_with_routing(inputs)
+    logits, routing = model.trace(inputs)
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     locality = chunk_sparsity = cross_entropy.new_zeros(())
     if config.ffn_type == "block" and config.locality_weight:

@@ -4,22 +4,23 @@ Letters: B batch, T tokens, D token width, S states, M state width, H heads, C o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nsm_support.checks import check, check_choice, check_ends, check_shape, check_sizes
-from nsm_support.nsm.layer import LayerStream, LayerTrace, NSMLayer
+from nsm_support.checks import check, check_choice, check_ends, check_sizes
+from nsm_support.models import SequenceModel, Stream, Trace
+from nsm_support.nsm.layer import LayerConfig, NSMLayer
 from nsm_support.nsm.states import Pruned
 
 POSITIONS = ("rotary", "learned", "none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NSMConfig:
-    """Everything that makes an `NSM`.
+class NSMConfig(LayerConfig):
+    """Everything that makes an `NSM`; raises ValueError for fields that do not fit.
 
     Inputs are vectors [B,T,input_dim] or token numbers [B,T] below vocab_size: give one of the two.
     """
@@ -28,90 +29,40 @@ class NSMConfig:
     input_dim: int | None = None
     vocab_size: int | None = None
     head: str = "classification"  # one of HEADS
-    token_dim: int = 64  # D
-    state_dim: int = 64  # M
-    num_states: int | tuple[int, ...] = 16  # S, or one number per layer
-    max_states: int | None = None  # how far `allocate` may go
+    num_states: int | tuple[int, ...] = 16  # type: ignore[assignment]  # S, or one number per layer
     num_layers: int = 2
-    num_heads: int = 4  # H
-    window: int = 16  # tokens seen on one side, itself included
-    chunk: int | None = None  # None: bidirectional; c ≥ 1: causal, in chunks of c tokens
-    gate_type: str = "gru"  # or "lstm"
-    state_attention: bool = True
-    top_k: int | None = None  # states per token and head; None: all
-    temperature: float = 1.0
-    mix: str = "gate"  # or "sum", "fixed" (with alpha), "local", "read"
-    alpha: float = 0.5
     positions: str = "rotary"  # inside the window; or "learned", a table of max_length; or "none"
     max_length: int | None = None
-    ffn_multiple: int = 4
-    dropout: float = 0.0
+    rotary: bool = field(init=False)  # what `positions` says
+    states_per_layer: tuple[int, ...] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice(self, POSITIONS, "positions")
         check_sizes(self, "num_layers")
         check_ends(self, causal=self.chunk is not None)
         fits = not isinstance(self.num_states, Sequence) or len(self.num_states) == self.num_layers
         check(self, fits, "one number, or one per layer", "num_states", "num_layers")
-
-    @property
-    def states_per_layer(self) -> tuple[int, ...]:
-        return (self.num_states,) * self.num_layers if isinstance(self.num_states, int) else tuple(self.num_states)
-
-
-class ModelTrace(NamedTuple):
-    """Outputs ([B,C] or [B,T,C]) and what every layer did."""
-
-    outputs: Tensor
-    layers: tuple[LayerTrace, ...]
+        if isinstance(self.num_states, Sequence):
+            object.__setattr__(self, "num_states", tuple(self.num_states))
+        each = self.num_states if isinstance(self.num_states, tuple) else (self.num_states,) * self.num_layers
+        object.__setattr__(self, "states_per_layer", each)
+        object.__setattr__(self, "rotary", self.positions == "rotary")
 
 
-class ModelStream(NamedTuple):
-    """What a causal model remembers between two tokens, and the position of the next."""
-
-    layers: tuple[LayerStream, ...]
-    position: int
-
-
-class NSM(nn.Module):
+class NSM(SequenceModel):
     """A stack of `NSMLayer` modules with one head, made from its config and nothing else.
 
     The classification head sees the mean token (causally the last one) beside the states of the last layer, averaged by
     importance. `config` follows pruning and allocation, so that `NSM(model.config)` always fits `model.state_dict()`.
     """
 
+    Config = NSMConfig
+
     def __init__(self, config: NSMConfig):
-        super().__init__()
-        self.config = config
-        D = config.token_dim
-        self.embed = nn.Linear(config.input_dim, D) if config.vocab_size is None else nn.Embedding(config.vocab_size, D)
-        self.position = None
-        if config.positions == "learned":
-            self.position = nn.Parameter(torch.randn(config.max_length, D) * 0.3)
-        self.layers = nn.ModuleList(
-            NSMLayer(
-                num_states,
-                config.state_dim,
-                D,
-                num_heads=config.num_heads,
-                window=config.window,
-                chunk=config.chunk,
-                gate_type=config.gate_type,
-                state_attention=config.state_attention,
-                top_k=config.top_k,
-                temperature=config.temperature,
-                mix=config.mix,
-                alpha=config.alpha,
-                rotary=config.positions == "rotary",
-                ffn_multiple=config.ffn_multiple,
-                max_states=config.max_states,
-                dropout=config.dropout,
-            )
-            for num_states in config.states_per_layer
-        )
-        self.norm = nn.LayerNorm(D)
+        options = {f.name: getattr(config, f.name) for f in fields(LayerConfig) if f.name != "num_states"}
+        layers = (NSMLayer(num_states, **options) for num_states in config.states_per_layer)
         pooled = config.head == "classification" and config.mix != "local"
-        self.head = nn.Linear(D + config.state_dim * pooled, config.output_dim or config.vocab_size)
+        super().__init__(config, layers, config.chunk is not None, config.token_dim + config.state_dim * pooled)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Vectors [B,T,input_dim] or token numbers [B,T] → [B,C] (classification) or [B,T,C].
@@ -123,30 +74,17 @@ class NSM(nn.Module):
             tokens, states = layer(tokens, mask=mask)
         return self._decide(tokens, states, mask)
 
-    def trace(self, inputs: Tensor, mask: Tensor | None = None) -> ModelTrace:
-        """`forward`, with the routing weights [B,H,T,S], the states and the mix of every layer."""
+    def trace(self, inputs: Tensor, mask: Tensor | None = None) -> Trace:
+        """`forward`, and the `LayerTrace` of every layer: routing weights [B,H,T,S], states and mix."""
         tokens, layers = self._embed(inputs), []
         for layer in self.layers:
             layers.append(layer.trace(tokens, mask=mask))
             tokens = layers[-1].tokens
-        return ModelTrace(self._decide(tokens, layers[-1].states, mask), tuple(layers))
+        return Trace(self._decide(tokens, layers[-1].states, mask), tuple(layers))
 
     def routing(self, inputs: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Routing weights [B,H,T,S] by which tokens read, one tensor per layer."""
         return [layer.weights for layer in self.trace(inputs, mask).layers]
-
-    def _embed(self, inputs: Tensor, start: int = 0) -> Tensor:
-        if self.config.vocab_size is None:
-            check_shape(self, "inputs", inputs, "B T input_dim", input_dim=self.config.input_dim)
-        else:
-            check_shape(self, "inputs", inputs, "B T")
-        tokens = self.embed(inputs)  # (B, T, D)
-        if self.position is None:
-            return tokens
-        end = start + tokens.shape[1]
-        if end > len(self.position):
-            raise ValueError(f"learned positions end at max_length ({len(self.position)}); got {end} tokens")
-        return tokens + self.position[start:end]
 
     def _decide(self, tokens: Tensor, states: Tensor | None, mask: Tensor | None) -> Tensor:
         """Tokens [B,T,D] and states of the last layer → outputs."""
@@ -165,23 +103,9 @@ class NSM(nn.Module):
             pooled = torch.cat([pooled, torch.einsum("s,bsm->bm", share, states)], -1)
         return self.head(pooled)
 
-    def start(self, batch_size: int) -> ModelStream:
-        """The memory before the first token. Raises ValueError for a model that is not causal."""
-        return ModelStream(tuple(layer.start(batch_size) for layer in self.layers), 0)
-
-    def step(self, inputs: Tensor, stream: ModelStream) -> tuple[Tensor, ModelStream]:
-        """One token of each sequence ([B] or [B,input_dim]) → outputs [B,C] at its place, and the new memory.
-
-        Equals the full pass over the sequence so far; the cost does not depend on how long that is.
-        """
-        tokens, layers = self._embed(inputs[:, None], stream.position)[:, 0], []
-        for layer, memory in zip(self.layers, stream.layers, strict=True):
-            tokens, memory = layer.step(tokens, memory, stream.position)
-            layers.append(memory)
-        states = self.layers[-1].close(layers[-1]) if self.config.head == "classification" else None
-        outputs = self._decide(tokens[:, None], states, None)
-        outputs = outputs if self.config.head == "classification" else outputs[:, 0]
-        return outputs, ModelStream(tuple(layers), stream.position + 1)
+    def _conclude(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        states = self.layers[-1].close(stream.layers[-1]) if self.config.head == "classification" else None
+        return self._decide(tokens, states, None), stream
 
     def prune(
         self,
@@ -223,15 +147,10 @@ class SimpleNSM(NSM):
     be given by name.
     """
 
-    def __init__(self, input_dim: int, state_dim: int, num_states: int, output_dim: int, gate_type: str = "gru", **options):
-        defaults = {"token_dim": state_dim, "num_layers": 1}
-        super().__init__(
-            NSMConfig(
-                input_dim=input_dim,
-                state_dim=state_dim,
-                num_states=num_states,
-                output_dim=output_dim,
-                gate_type=gate_type,
-                **(defaults | options),
-            )
-        )
+    def __init__(self, input_dim: int, state_dim: int, num_states: int, output_dim: int, gate_type: str = "gru", **options: Any):
+        sizes = {"input_dim": input_dim, "state_dim": state_dim, "num_states": num_states, "output_dim": output_dim}
+        super().__init__(NSMConfig(**{"token_dim": state_dim, "num_layers": 1} | sizes | {"gate_type": gate_type} | options))
+
+    @classmethod
+    def from_config(cls, config: NSMConfig) -> Self:
+        return cls(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})

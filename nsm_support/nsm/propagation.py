@@ -122,7 +122,8 @@ class StatePropagator(nn.Module):
 
     def update(self, states: Tensor, gates: Tensor, cell: Tensor | None, strength: Tensor | None) -> Propagated:
         """The gated update alone: states [B,S,M], gates of the message [B,S or 1,·M], strength [B,S]."""
-        gates_h = F.linear(states, self.cell.weight_hh, self.cell.bias_hh)
+        # Under autocast products are in half precision; states stay as precise as they are.
+        gates, gates_h = (x.to(states.dtype) for x in (gates, F.linear(states, self.cell.weight_hh, self.cell.bias_hh)))
         if self.gate_type == "gru":
             new, new_cell = gru_update(gates, gates_h, states), None
         else:
@@ -131,7 +132,7 @@ class StatePropagator(nn.Module):
         if strength is None:
             return Propagated(new, new_cell)
         # s' = s + a·(update(s) − s): exactly s where nothing was written
-        a = strength[..., None]
+        a = strength[..., None].to(states.dtype)
         return Propagated(torch.lerp(states, new, a), None if new_cell is None else torch.lerp(cell, new_cell, a))
 
     def listen(self, states: Tensor, log_importance: Tensor | None = None) -> Tensor:

@@ -98,7 +98,11 @@ class StateManager(nn.Module):
         self.max_states = max_states or count
         self.prune_threshold = prune_threshold
         self.initial = nn.Parameter(torch.randn(count, state_dim))
-        self.importance = Importance(count) if importance is None else importance
+        self.importance: Importance
+        if importance is None:
+            self.importance = Importance(count)
+        else:  # it stays the router's part: registered here too, it would stand twice in a state_dict
+            object.__setattr__(self, "importance", importance)
 
     @property
     def num_states(self) -> int:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from nsm_support.mixers.baselines import BASELINES, BaselineConfig, SmallCNN, count_parameters, match_parameters
+from nsm_support.costs import count_parameters, match_parameters
+from nsm_support.mixers import BASELINES, BaselineConfig, CNNConfig, SmallCNN
 from nsm_support.nsm.models import NSM, NSMConfig
 from nsm_support.studies.protocol import FittedRun, Row, Scores
 from nsm_support.tasks import IGNORE, Batch, Score, Task, make_task, score
@@ -192,7 +193,7 @@ def _items(fields: dict[str, Any]) -> tuple:
 
 def _of_width(model: str, width: Any, causal: bool, common: dict[str, Any], machine: dict[str, Any]) -> nn.Module:
     if model == "CNN":
-        return SmallCNN(width, common["output_dim"])
+        return SmallCNN(CNNConfig(channels=width, output_dim=common["output_dim"]))
     if model in BASELINES:
         return BASELINES[model](BaselineConfig(**common, token_dim=width, causal=causal))
     return NSM(NSMConfig(**(common | machine), token_dim=width[0], state_dim=width[1]))

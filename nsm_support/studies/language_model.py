@@ -90,7 +90,7 @@ def read_windows(model: BlockFFNModel, inputs: Tensor, targets: Tensor, batch_si
     """Mean loss (nats a token) of windows [B,T], and the scores [B,T,E] of each routed layer, `batch_size` at a time."""
     nats, scores = [], []
     for rows, wanted in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        logits, routing = model.forward_with_routing(rows)
+        logits, routing = model.trace(rows)
         nats.append(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").double())
         scores.append([routed.scores for routed in routing if routed is not None])
     return torch.cat(nats).mean().item(), [torch.cat(layer) for layer in zip(*scores, strict=True)]

@@ -11,8 +11,8 @@ from nsm_support.blockffn.attention import CHUNK, Attention, LatentAttention
 from nsm_support.blockffn.ffn import blockffn_reference
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel, dense_twin, losses
 from nsm_support.blockffn.objectives import chunk_sparsity_loss, locality_loss
+from nsm_support.costs import count_parameters
 from nsm_support.metrics import ngram_baseline, perplexity, token_losses
-from nsm_support.mixers.baselines import count_parameters
 from nsm_support.training import TrainingConfig, fit
 
 LATENT = {"attention_type": "mla", "qk_nope_head_dim": 10, "qk_rope_head_dim": 4, "q_lora_rank": 12, "kv_lora_rank": 6}
@@ -57,7 +57,7 @@ def test_loss_is_the_sum_of_its_parts_by_their_weights():
     options = {"locality_weight": 0.3, "chunk_sparsity_weight": 0.7, "sparsity_chunk": 4}
     model, batch = make(**options), (numbers(2, 9), numbers(2, 9, seed=1))
     loss = losses(model, batch)
-    logits, routing = model.forward_with_routing(batch[0])
+    logits, routing = model.trace(batch[0])
     ce = F.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
     near = torch.stack([locality_loss(routed) for routed in routing]).mean()
     chunks = torch.stack([chunk_sparsity_loss(routed, 4) for routed in routing]).mean()
@@ -72,7 +72,7 @@ def test_routing_is_that_of_each_layers_own_ffn():
     tokens, seen = numbers(2, 9), []
     for layer in model.layers:
         layer.post_attention_layernorm.register_forward_hook(lambda module, given, out: seen.append(out))
-    _, routing = model.forward_with_routing(tokens)
+    _, routing = model.trace(tokens)
     for layer, x, routed in zip(model.layers, seen, routing, strict=True):
         torch.testing.assert_close(routed.logits, x @ layer.mlp.router_proj.weight.T)
         assert torch.equal(routed.scores == 0, routed.logits <= 0)

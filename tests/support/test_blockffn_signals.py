@@ -56,7 +56,7 @@ def test_activations_are_those_of_the_routers(wrapped):
     expected = [(x @ mlp.router_proj.weight.T).relu() for x, mlp in zip(given, routers(model), strict=True)]
     assert heard.shape == (3, 2, 9, 6)
     torch.testing.assert_close(heard, torch.stack(expected))
-    for layer, routed in zip(heard, model.forward_with_routing(tokens)[1], strict=True):
+    for layer, routed in zip(heard, model.trace(tokens)[1], strict=True):
         assert torch.equal(layer > 0, routed.scores > 0), "zero where the block is not used"
 
 

@@ -282,7 +282,7 @@ def test_revived_codes_come_into_use():
     ("function", "message"),
     [
         (lambda m: RecurrentConfig(vocab_size=0, output_dim=2), "RecurrentConfig: vocab_size = 0; accepted is a whole number"),
-        (lambda m: CrystallineRecurrent(SMALL, []), "no generator was given"),
+        (lambda m: CrystallineRecurrent(SMALL, []), "accepted is one for each machine"),
         (lambda m: m(strings(3, 2, 4)), r"tokens \[3, 2, 4\]; \[E=2, B, T\]"),
         (lambda m: m(strings(2, 2, 4, 9, seed=1)), "0 to 2, is accepted"),
         (lambda m: m(strings(2, 2, 4), torch.full((2, 2), 5)), "0 to 4, are accepted"),

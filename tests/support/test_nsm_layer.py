@@ -81,7 +81,7 @@ def test_streaming_equals_the_full_pass(chunk, gate_type, options):
         full, states = layer(tokens)
         stream, steps, sizes = layer.start(2), [], []
         for t in range(T):
-            out, stream = layer.step(tokens[:, t], stream, t)
+            out, stream = layer.step(tokens[:, t], stream)
             steps.append(out)
             sizes.append(sum(x.numel() for x in stream if torch.is_tensor(x)))
         torch.testing.assert_close(torch.stack(steps, 1), full, rtol=1e-10, atol=1e-12)
@@ -236,5 +236,5 @@ def test_errors():
         make()(draw(2, 0, 16))
     with pytest.raises(ValueError, match=r"NSMLayer: chunk = 0; accepted is a whole number"):
         make(chunk=0)
-    with pytest.raises(ValueError, match="streaming takes a causal layer with states: give chunk"):
+    with pytest.raises(ValueError, match="chunk = None; accepted is a number of tokens"):
         make().start(2)

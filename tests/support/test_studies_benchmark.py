@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nsm_support.mixers.baselines import BASELINES, BaselineConfig, count_parameters
+from nsm_support.costs import count_parameters
+from nsm_support.mixers import BASELINES, BaselineConfig
 from nsm_support.studies import benchmark
 from nsm_support.studies.benchmark import SETTINGS, models_of
 from nsm_support.studies.protocol import measure

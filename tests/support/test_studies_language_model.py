@@ -107,7 +107,7 @@ def test_windows_are_read_as_the_model_reads_them():
     model = BlockFFNModel(CONFIG).eval()
     tokens = draw(7, 65, below=V)
     loss, scores = read_windows(model, tokens[:, :-1], tokens[:, 1:], batch_size=3)
-    logits, routing = model.forward_with_routing(tokens[:, :-1])
+    logits, routing = model.trace(tokens[:, :-1])
     assert loss == pytest.approx(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item(), rel=1e-5)
     for one, routed in zip(scores, routing, strict=True):
         torch.testing.assert_close(one, routed.scores)

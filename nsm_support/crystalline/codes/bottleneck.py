@@ -192,6 +192,7 @@ class Bottleneck(nn.Module):
     @torch.no_grad()
     def _follow(self, x: Tensor, nearest: Tensor) -> None:
         """Move each code towards the mean of the inputs [N, D] whose nearest code [N] it is."""
+        x = x.to(self.codebook.dtype)  # under autocast it is less precise
         counts = torch.bincount(nearest, minlength=len(self.codebook)).to(x.dtype)
         means = torch.zeros_like(self.codebook).index_add_(0, nearest, x) / counts.clamp(min=1)[:, None]
         self.codebook.lerp_(means, (1 - DECAY) * (counts > 0).to(x.dtype)[:, None])

@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsm_support.checks import check, check_choice, check_sizes
+from nsm_support.checks import check, check_choice, check_shape, check_sizes
 from nsm_support.crystalline.codes.bottleneck import Bottleneck, BottleneckConfig
 from nsm_support.crystalline.codes.schedules import temperature_at
+from nsm_support.mixers.cache import Cache
 from nsm_support.mixers.rotary import rotate
+from nsm_support.models import Stream, StreamedModel, Trace
 
 Positions = Literal["rotary", "learned"]
 POSITIONS = get_args(Positions)
 
 Info = dict[str, dict[str, Tensor]]
-"""What the two bottlenecks of a block did: "attn" and "mlp", each as `Bottleneck.forward` tells it."""
+"""What the two bottlenecks of a block did: "attn" and "mlp", each as `Bottleneck.forward` gives it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +74,23 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Info]:
         """x [B,T,D] → [B,T,D], and what the bottlenecks did."""
-        x, attn = self._through(self.attn_bottleneck, x, self._attention(x))
+        return self._finish(x, self._attention(x))
+
+    def start(self, batch_size: int) -> Cache:
+        D = self.out.in_features
+        return Cache.empty(self.out.weight, batch_size, self.num_heads, D // self.num_heads)
+
+    def prefill(self, x: Tensor) -> tuple[Tensor, Cache]:
+        mixed, cache = self.start(len(x)).attend(*self._project(x))
+        return self._finish(x, self._merge(mixed))[0], cache
+
+    def step(self, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        x = x[:, None]  # (B, 1, D)
+        mixed, cache = cache.attend(*self._project(x, cache.length))
+        return self._finish(x, self._merge(mixed))[0][:, 0], cache
+
+    def _finish(self, x: Tensor, change: Tensor) -> tuple[Tensor, Info]:
+        x, attn = self._through(self.attn_bottleneck, x, change)
         x, mlp = self._through(self.mlp_bottleneck, x, self._mlp(x))
         return x, {"attn": attn, "mlp": mlp}
 
@@ -83,19 +101,28 @@ class Block(nn.Module):
         return x + codes, info
 
     def _attention(self, x: Tensor) -> Tensor:
+        return self._merge(F.scaled_dot_product_attention(*self._project(x), is_causal=True))
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        """[B,H,T,D/H] → [B,T,D]"""
+        return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def _project(self, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B,H,T,D/H] of x [B,T,D], the first at position `start`."""
         qkv = self.qkv(self.attn_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D/H)
         q, k, v = qkv
         if self.positions == "rotary":
-            q, k = rotate(qkv[:2])
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+            q, k = rotate(qkv[:2], start)
+        return q, k, v
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.dropout(self.down(F.gelu(self.up(self.mlp_norm(x)))))
 
 
-class CrystallineTransformer(nn.Module):
+class CrystallineTransformer(StreamedModel):
     """Predicts a class at every token from the tokens so far."""
+
+    Config = CrystallineConfig
 
     def __init__(self, config: CrystallineConfig):
         super().__init__()
@@ -107,24 +134,35 @@ class CrystallineTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm, self.head = nn.LayerNorm(config.token_dim), nn.Linear(config.token_dim, config.vocab_size)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, list[Info]]:
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.blocks
+
+    def forward(self, tokens: Tensor) -> Trace:
+        """As `trace`: logits and codes belong together, as in the first notebooks."""
+        return self.trace(tokens)
+
+    def trace(self, tokens: Tensor) -> Trace:
         """Tokens [B,T] → logits [B,T,V], and what the bottlenecks of each block did.
 
         Raises:
             ValueError: if tokens are not [B,T], or T passes `max_length`.
         """
-        if tokens.ndim != 2 or tokens.shape[1] > self.config.max_length:
-            raise ValueError(
-                f"CrystallineTransformer: tokens {list(tokens.shape)}; [B, T] of at most T = "
-                f"{self.config.max_length} (max_length) are accepted"
-            )
-        x, infos = self.embedding(tokens), []
-        if self.config.positions == "learned":
-            x = x + self.places[: tokens.shape[1]]
+        x, infos = self._embed(tokens), []
         for block in self.blocks:
             x, info = block(x)
             infos.append(info)
-        return self.head(self.norm(x)), infos
+        return Trace(self.head(self.norm(x)), tuple(infos))
+
+    def _embed(self, inputs: Tensor, start: int = 0) -> Tensor:
+        check_shape(self, "tokens", inputs, "B T")
+        end = start + inputs.shape[1]
+        check(self, end <= self.config.max_length, f"at most max_length = {self.config.max_length}", T=end)
+        x = self.embedding(inputs)
+        return x + self.places[start:end] if self.config.positions == "learned" else x
+
+    def _conclude(self, tokens: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        return self.head(self.norm(tokens)), stream
 
     def bottlenecks(self) -> Iterator[tuple[str, Bottleneck]]:
         """Every bottleneck in forward order, under names such as "block 0, attn"."""

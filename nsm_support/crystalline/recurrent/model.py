@@ -16,7 +16,7 @@ K codes, D width, H hidden units, C classes of the output.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from torch import Generator, Tensor, nn
 from nsm_support.checks import check, check_sizes
 from nsm_support.crystalline.automata import Automaton
 from nsm_support.crystalline.codes.bottleneck import straight_through
+from nsm_support.models import PretrainedModel
 
 Objective = Literal["likelihood", "marginal", "straight_through", "continuous"]
 OBJECTIVES: dict[Objective, str] = {
@@ -48,6 +49,7 @@ class RecurrentConfig:
     num_codes: int = 16  #: K; more than the true machine has states
     dim: int = 64  #: D of a code's vector
     hidden: int = 128  #: H
+    num_machines: int = 1  #: E
     scale_init: float = 5.0  #: s at the start, the sharpness of the choice; it is learned
 
     def __post_init__(self) -> None:
@@ -61,6 +63,10 @@ class Run(NamedTuple):
     codes: Tensor
     logits: Tensor
 
+    @property
+    def outputs(self) -> Tensor:
+        return self.logits
+
 
 class Relaxed(NamedTuple):
     """A pass in training, with the empty string as position 0."""
@@ -69,28 +75,30 @@ class Relaxed(NamedTuple):
     beliefs: Tensor | None  # (E, B, T + 1, K): P(code | tokens so far, and outputs so far if they are heard)
 
 
-class CrystallineRecurrent(nn.Module):
-    """E recurrent machines with discrete states, side by side.
+class CrystallineRecurrent(PretrainedModel):
+    """E recurrent machines with discrete states, side by side. Their axis stands first: tokens are [E,B,T].
 
     Args:
         config: the sizes, alike for all machines.
-        generators: one a machine; its first parameters are drawn from it, whatever the others are.
+        generators: one a machine, however many the config says; its first parameters are drawn from it, whatever the
+            others are. Without any they are drawn from the global one.
 
-    Raises:
-        ValueError: without a generator.
+    A stream is the code [E,B] of every string.
     """
 
-    def __init__(self, config: RecurrentConfig, generators: Sequence[Generator]):
+    Config = RecurrentConfig
+
+    def __init__(self, config: RecurrentConfig, generators: Sequence[Generator] | None = None):
         super().__init__()
-        if not generators:
-            raise ValueError("CrystallineRecurrent: no generator was given; one for each machine is accepted")
-        self.config = config
+        check(self, generators is None or len(generators), "one for each machine, or None", generators=generators)
+        sources = [None] * config.num_machines if generators is None else generators
+        self.config = replace(config, num_machines=len(sources))
         V, C, K, D, H = config.vocab_size, config.output_dim, config.num_codes, config.dim, config.hidden
 
         def drawn(*shape: int, std: float = 1.0) -> nn.Parameter:
-            return nn.Parameter(std * torch.stack([torch.randn(shape, generator=one) for one in generators]))
+            return nn.Parameter(std * torch.stack([torch.randn(shape, generator=one) for one in sources]))
 
-        E = len(generators)
+        E = len(sources)
         self.codebook = drawn(K, D)
         self.token = drawn(V, H)
         self.into = drawn(D, H, std=D**-0.5)
@@ -159,6 +167,24 @@ class CrystallineRecurrent(nn.Module):
             codes.append(code)
             logits.append(self.output_logits(self.codebook[machine, code]))
         return Run(torch.stack(codes, 2), torch.stack(logits, 2))
+
+    def trace(self, tokens: Tensor) -> Run:
+        """As `forward`: the codes are all that is inside."""
+        return self(tokens)
+
+    def start(self, batch_size: int) -> Tensor:
+        """The code of every string before the first token."""
+        return torch.full((len(self), batch_size), START, device=self.codebook.device)
+
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The first tokens [E,B,T] → logits [E,B,T,C], and the codes after them."""
+        run = self(tokens)
+        return run.logits, run.codes[..., -1]
+
+    def step(self, tokens: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token [E,B] of each string → logits [E,B,C], and the codes after it."""
+        run = self(tokens[..., None], stream)
+        return run.logits[:, :, 0], run.codes[..., 0]
 
     def _start(self, tokens: Tensor, start: Tensor | None = None) -> Tensor:
         E, V, K = len(self), self.config.vocab_size, self.config.num_codes
