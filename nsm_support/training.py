@@ -166,7 +166,7 @@ class _Run:
             raise ValueError(f"fit: {type(model).__name__} has no parameter that requires a gradient")
         decays = {id(p): p.ndim >= 2 and not getattr(p, "no_weight_decay", False) for p in trained}
         matrices, plain = ([p for p in trained if decays[id(p)] == wide] for wide in (True, False))
-        groups = [{"params": matrices}, {"params": plain, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": plain, "weight_decay": 0.0}]
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in trained)
         self.optimizer = AdamW(groups, weight_decay=config.weight_decay, fused=fused)
         self.model, self.config, self.history = model, config, History()

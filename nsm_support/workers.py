@@ -23,9 +23,11 @@ def _end_with_parent() -> None:
     which reaches the kernel's workers too, end them without a traceback each.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in workers alone"
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -9,11 +9,12 @@ is fresh, and each expression is an operator at its root.
 """
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
 
-OPERATORS = {
+OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "[MIN": min,
     "[MAX": max,
     "[MED": lambda values: (sorted(values)[(len(values) - 1) // 2] + sorted(values)[len(values) // 2]) // 2,
@@ -38,7 +39,8 @@ def sample_expressions(
             f"the shortest expression, 4 tokens, are accepted"
         )
     draw = random.Random(int(torch.randint(2**62, (), generator=generator)))  # ten times faster than tensors of one
-    tokens, values, missed = torch.zeros(n, max_length, dtype=torch.int64), [], 0
+    tokens, missed = torch.zeros(n, max_length, dtype=torch.int64), 0
+    values: list[int] = []
     while len(values) < n:
         written: list[int] = []
         value = _write(draw, written, 1, max_depth, max_args, max_length)

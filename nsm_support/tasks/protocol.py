@@ -30,16 +30,16 @@ class Score(NamedTuple):
     """How many of the targets were right, how many were asked for, and the sum of their losses in nats."""
 
     correct: int
-    count: int
+    asked: int
     nats: float
 
     @property
     def accuracy(self) -> float:
-        return self.correct / self.count
+        return self.correct / self.asked
 
     @property
     def loss_nats(self) -> float:
-        return self.nats / self.count
+        return self.nats / self.asked
 
     @property
     def bits(self) -> float:

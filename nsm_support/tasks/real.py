@@ -129,7 +129,7 @@ class VerseSection(Data):
 
     def _bags(self, inputs: Tensor) -> Tensor:
         """How often each row [N, T] holds each character, [N, V] float64; padding is none."""
-        bags = torch.zeros(len(inputs), self.vocab_size, dtype=torch.float64)
+        bags = torch.zeros(len(inputs), len(self.vocabulary) + 1, dtype=torch.float64)
         return bags.scatter_add_(1, inputs, torch.ones_like(inputs, dtype=torch.float64))[:, 1:]
 
 

@@ -85,7 +85,7 @@ def test_score_is_the_cross_entropy_of_what_is_asked():
     for row, wanted in zip(outputs.flatten(0, 1).tolist(), targets.flatten().tolist(), strict=True):
         if wanted != IGNORE:
             right, count = right + (row.index(max(row)) == wanted), count + 1
-    assert (scored.correct, scored.count) == (right, count)
+    assert (scored.correct, scored.asked) == (right, count)
     loss = cross_entropy(outputs.double().flatten(0, 1), targets.flatten(), ignore_index=IGNORE).item()
     assert scored.loss_nats == pytest.approx(loss) and scored.accuracy == right / count
     assert scored.bits == pytest.approx(loss / math.log(2))
