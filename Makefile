@@ -1,12 +1,14 @@
-# make book    run every page and build the site (PROFILE=quick|full)      make test      every test but the benchmarks
-# make serve   open the site on loopback                                   make notebooks pair .ipynb beside the pages
-# make rerun   run every page once more and compare its numbers             make bench     the benchmarks
-# make clean   remove every run and the site
+# make book    run every page and build the site (PROFILE=quick|full)      make check     lint, format, types and the fast tests
+# make serve   open the site on loopback                                   make test      every test but the benchmarks
+# make rerun   run every page once more and compare its numbers            make bench     the benchmarks
+# make clean   remove every run and the site                               make notebooks pair .ipynb beside the pages
 PROFILE ?= quick
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: book test rerun serve notebooks bench clean
+FAST := not slow and not kernel and not browser and not slurm
+
+.PHONY: book check test rerun serve notebooks bench clean
 
 book: .venv/installed
 	@$(BIN)/nsm-book build --profile $(PROFILE)
@@ -16,6 +18,12 @@ book: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
+
+check: .venv/installed
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "$(FAST)"
 
 test: book
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

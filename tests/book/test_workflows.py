@@ -13,12 +13,11 @@ FOLDER = ROOT / ".github" / "workflows"
 
 def test_workflows_keep_to_the_schema():
     files = [str(path) for path in sorted(FOLDER.glob("*.yml"))]
-    done = subprocess.run(
-        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *files],
-        capture_output=True,
-        text=True,
-    )
-    assert len(files) == 3 and done.returncode == 0, done.stdout
+    assert len(files) == 3
+    for schema, given in (("github-workflows", files), ("dependabot", [str(FOLDER.parent / "dependabot.yml")])):
+        command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *given]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 def test_publish_builds_the_full_book_and_verifies_before_it_deploys():
@@ -36,8 +35,10 @@ def test_publish_builds_the_full_book_and_verifies_before_it_deploys():
     assert words.index("make book PROFILE=full", order[1]) < order[2]  # rendered again, with what the re-run found
 
 
-def test_ci_calls_the_command_of_the_readme():
-    assert "make test" in (ROOT / ".ci" / "run").read_text() and "make test" in (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("command", ["make check", "make test"])
+def test_ci_calls_the_commands_of_the_readme(command):
+    for file in (".ci/run", ".github/workflows/check.yml", "README.md", "CONTRIBUTING.md"):
+        assert command in (ROOT / file).read_text(), file
 
 
 def test_publish_tells_every_verdict_that_changed_before_it_deploys():
