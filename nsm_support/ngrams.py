@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsm_support.checks import check, check_sizes, refuse
+
 
 def kneser_ney(train: Sequence[Tensor], test: Sequence[Tensor], vocab_size: int, *, order: int = 3) -> tuple[Tensor, ...]:
     """−ln p of every token but the first of each test chapter, nats [n−1] float64, by interpolated Kneser–Ney counting.
@@ -29,14 +31,9 @@ def kneser_ney(train: Sequence[Tensor], test: Sequence[Tensor], vocab_size: int,
     Raises:
         ValueError: for an order below 1, a chapter below 2 tokens, a token outside the vocabulary.
     """
-    if order < 1:
-        raise ValueError(f"order is at least 1; got {order!r}")
+    check_sizes("kneser_ney", order=order)
     for name, chapters in (("train", train), ("test", test)):
-        if not chapters or min(map(len, chapters)) < 2:
-            raise ValueError(f"{name} holds chapters of at least 2 tokens; got {[len(one) for one in chapters][:5]}")
-        least, most = min(int(one.min()) for one in chapters), max(int(one.max()) for one in chapters)
-        if least < 0 or most >= vocab_size:
-            raise ValueError(f"{name} holds tokens from {least} to {most}; 0 to {vocab_size - 1} are accepted")
+        _check_chapters(name, chapters, vocab_size)
     chapters = [*train, *test]
     token, depth = torch.cat(chapters), torch.cat([torch.arange(len(one)) for one in chapters])  # tokens before it
     trained = torch.arange(len(token)) < sum(map(len, train))
@@ -62,6 +59,13 @@ def kneser_ney(train: Sequence[Tensor], test: Sequence[Tensor], vocab_size: int,
         kept = (times[gram[at]] - discount).clamp(min=0)
         probability[at] = (kept + discount * probability[at] * different[context[at]]) / total[context[at]]
     return (-probability[scored].log()).split([len(one) - 1 for one in test])
+
+
+def _check_chapters(name: str, chapters: Sequence[Tensor], vocab_size: int) -> None:
+    if not chapters or min(map(len, chapters)) < 2:
+        raise refuse("kneser_ney", "chapters of at least 2 tokens", **{f"{name}, in tokens": [len(one) for one in chapters][:5]})
+    least, most = min(int(one.min()) for one in chapters), max(int(one.max()) for one in chapters)
+    check("kneser_ney", 0 <= least <= most < vocab_size, f"0 to {vocab_size - 1}", **{f"tokens of {name}": (least, most)})
 
 
 def _one_each(gram: Tensor, places: Tensor) -> Tensor:

@@ -139,9 +139,8 @@ def test_every_module_imports_or_names_its_extra(stranger):
     """The base first, then with its extra: after it nothing is missing."""
     found = json.loads(stranger.python(IMPORTS))
     assert Path(found["at"]).is_relative_to(stranger.packages) and found["version"] == stranger.own.version
-    assert "nsm_support.studies.corpus" in found["failed"]
-    for module, message in found["failed"].items():
-        assert module.startswith("nsm_support.studies.") and message.endswith("pip install 'nsm-support[checkpoints]'")
+    assert 0 < len(found["failed"]) < 8 and not any(".nsm" in module for module in found["failed"])
+    assert all(message.endswith("pip install 'nsm-support[checkpoints]'") for message in found["failed"].values()), found
     stranger.bring("checkpoints")
     assert json.loads(stranger.python(IMPORTS))["failed"] == {}
 

@@ -79,8 +79,8 @@ def test_contexts_end_where_a_chapter_begins():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"order": 0}, "order is at least 1"),
-        ({"vocab_size": 4}, "holds tokens from 0 to 4"),
+        ({"order": 0}, "order = 0; accepted is a whole number"),
+        ({"vocab_size": 4}, r"tokens of train = \(0, 4\); accepted is 0 to 3"),
         ({"test": [torch.tensor([1])]}, "at least 2 tokens"),
         ({"train": []}, "at least 2 tokens"),
     ],
