@@ -77,11 +77,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def read_text(name: str) -> str:
-    """A file under `book/`.
-
-    Raises:
-        BookError: if there is none, or it is not UTF-8.
-    """
+    """A file under `book/`; a BookError if there is none, or it is not UTF-8."""
     try:
         return (BOOK / name).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -91,11 +87,7 @@ def read_text(name: str) -> str:
 
 
 def read_yaml(name: str) -> Any:
-    """What a YAML file under `book/` holds: to be read only, for all who ask share it.
-
-    Raises:
-        BookError: naming the file and the line that is no YAML, has an alias, or repeats a key.
-    """
+    """What a YAML file under `book/` holds, to be read only; a BookError names the line that is no YAML, or repeats a key."""
     text = read_text(name)
     try:
         return _parse_yaml(text)
@@ -105,6 +97,15 @@ def read_yaml(name: str) -> Any:
     # What PyYAML raises where a value is not of its tag: `!!bool maybe`, `!!int ""`, `!!timestamp x`, 1:1:1…
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise BookError(f"book/{name}: is no YAML: {one_line(error)}") from None
+
+
+def _mapping(name: str) -> dict[Any, Any]:
+    found = read_yaml(name)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise BookError(f"book/{name}: accepts `PAGE: {{key: value}}`, got {brief(found)}")
+    return found
 
 
 class Entry(BaseModel):
@@ -129,11 +130,7 @@ Model = TypeVar("Model", bound=Entry)
 
 
 def validate(model: type[Model], given: Any, where: str) -> Model:
-    """What was given as such an entry.
-
-    Raises:
-        BookError: with the first thing that is wrong: where, what was given, what is accepted.
-    """
+    """What was given as such an entry; a BookError says the first thing that is wrong, with its place."""
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -187,17 +184,11 @@ class Page(Entry):
 
 @cache
 def pages() -> dict[str, Page]:
-    """All executable pages by name, in the order of `book/pages.yml`.
-
-    Raises:
-        BookError: if a page has no source, two pages make one product, or a product that is needed is made by none.
-    """
-    entries = read_yaml("pages.yml")
+    """All executable pages by name, in the order of `book/pages.yml`; a BookError if a page has no source, two pages make one
+    product, or none makes what another needs."""
     found: dict[str, Page] = {}
     makers: dict[str, str] = {}
-    if not isinstance(entries, dict):
-        raise BookError(f"book/pages.yml: accepts `PAGE: {{budget: …, memory: …}}`, got {brief(entries)}")
-    for name, entry in entries.items():
+    for name, entry in _mapping("pages.yml").items():
         where = f"book/pages.yml: {one_line(name)}"
         page = validate(Page, {"name": name, **entry} if isinstance(entry, dict) else entry, where)
         if page.name != name or not page.source.is_file():
@@ -208,18 +199,13 @@ def pages() -> dict[str, Page]:
                 raise BookError(f"{where}: makes {product}, which {makers[product]} makes already")
             makers[product] = page.name
     for page in found.values():
-        for product in page.needs:
-            if product not in makers:
-                raise BookError(f"book/pages.yml: {page.name}: needs {product}, which no page makes")
+        if lacking := [product for product in page.needs if product not in makers]:
+            raise BookError(f"book/pages.yml: {page.name}: needs {lacking[0]}, which no page makes")
     return found
 
 
 def page(name: str) -> Page:
-    """The page of that name, or of the file `book/NAME.md`.
-
-    Raises:
-        BookError: naming the nearest page and all of them.
-    """
+    """The page of that name, or of the file `book/NAME.md`; a BookError names the nearest one and all of them."""
     name = name.removeprefix("book/").removesuffix(".md")
     if name not in pages():
         raise BookError(unknown("page", name, pages()))
@@ -227,11 +213,7 @@ def page(name: str) -> Page:
 
 
 def read_notebook(page: Page):
-    """The page's notebook, as jupytext reads it from the Markdown source: a copy of the caller's own.
-
-    Raises:
-        BookError: if that has other cells tagged `parameters` than the source seems to have.
-    """
+    """The page's notebook, as jupytext reads it: a copy of the caller's own; a BookError if it has another parameters cell."""
     text = read_text(f"{page.name}.md")
     notebook = copy.deepcopy(_notebook(text))
     tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
@@ -265,12 +247,8 @@ class Parameter:
     meaning: str
 
     def accept(self, value: Any, page_name: str) -> Any:
-        """The value as the page's own type. Text (from a command line or a table) is read as that type first; what was accepted
-        is accepted again as it is.
-
-        Raises:
-            BookError: naming the page, the parameter, its type and the value.
-        """
+        """The value as the parameter's type, or a BookError. Text (from a command line or a table) is read as that type first;
+        what was accepted is accepted again as it is."""
         as_text = self.type == "str" or self.type.startswith("Literal[")
         read = value if as_text or not isinstance(value, str) else _literal(value)
         errors = []
@@ -306,11 +284,8 @@ def _adapter(kind: str) -> TypeAdapter:
 
 @cache
 def parameters(page: Page) -> dict[str, Parameter]:
-    """The parameters of a page, read from its one cell tagged `parameters`, in order.
-
-    Raises:
-        BookError: if there is not exactly one such cell, or a line in it is not `name: type = default  # meaning`.
-    """
+    """The parameters of a page, in order; a BookError unless it has one cell tagged `parameters`, in which every line is
+    `name: type = default  # meaning`."""
     file, text = f"book/{page.name}.md", read_text(f"{page.name}.md")
     cells = list(PARAMETERS.finditer(text))
     if len(cells) != 1:
@@ -324,33 +299,33 @@ def parameters(page: Page) -> dict[str, Parameter]:
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     found: dict[str, Parameter] = {}
     for node in body:
-        where = f"{file}: line {above + node.lineno}: parameters cell"
-        meaning = comments.get(node.end_lineno or 0, "")
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value and meaning):
-            raise BookError(f"{where}: accepts `name: type = default  # meaning` only")
-        name, kind = node.target.id, ast.unparse(node.annotation)
         try:
-            _adapter(kind)
-        except Exception:  # whatever Python or pydantic has against it
-            raise BookError(f"{where}: type {kind}: accepts {', '.join(TYPES)} and lists of them") from None
-        try:
-            default = ast.literal_eval(node.value)
-        except (ValueError, TypeError):
-            given = ast.unparse(node.value)
-            raise BookError(f"{where}: the default of {name} has to be a literal, got {given}") from None
-        if name in found:
-            raise BookError(f"{where}: {name} stands there twice")
-        found[name] = Parameter(name, kind, default, meaning)
-        found[name].accept(default, page.name)
+            parameter = _read_line(node, comments.get(node.end_lineno or 0))
+            if parameter.name in found:
+                raise ValueError(f"{parameter.name} stands there twice")
+        except ValueError as error:
+            raise BookError(f"{file}: line {above + node.lineno}: parameters cell: {error}") from None
+        parameter.accept(parameter.default, page.name)
+        found[parameter.name] = parameter
     return found
 
 
-def check_parameters(page: Page, given: dict[str, Any]) -> dict[str, Any]:
-    """The given parameters with the page's own types: strict, and before any kernel starts.
+def _read_line(node: ast.stmt, meaning: str | None) -> Parameter:
+    if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value and meaning):
+        raise ValueError("accepts `name: type = default  # meaning` only")
+    kind, name = ast.unparse(node.annotation), node.target.id
+    try:
+        _adapter(kind)
+    except Exception:  # whatever Python or pydantic has against it
+        raise ValueError(f"type {kind}: accepts {', '.join(TYPES)} and lists of them") from None
+    try:
+        return Parameter(name, kind, ast.literal_eval(node.value), meaning)
+    except (ValueError, TypeError):
+        raise ValueError(f"the default of {name} has to be a literal, got {ast.unparse(node.value)}") from None
 
-    Raises:
-        BookError: for an unknown name, a wrong type or an unparsable value.
-    """
+
+def check_parameters(page: Page, given: dict[str, Any]) -> dict[str, Any]:
+    """The given parameters with the page's own types; a BookError for an unknown name or a value of another type."""
     accepted = parameters(page)
     for name in given:
         if name not in accepted:
@@ -365,8 +340,8 @@ def profile_parameters(page: Page, profile: str) -> dict[str, Any]:
     if profile == "full":
         return {}
     file = f"params/{profile}.yml"
-    table = read_yaml(file) or {}
-    for name, given in table.items() if isinstance(table, dict) else [(None, table)]:
+    table = _mapping(file)
+    for name, given in table.items():
         if name not in pages():
             raise BookError(f"book/{file}: {unknown('page', name, pages())}")
         if not isinstance(given, dict):
@@ -399,18 +374,11 @@ class Claim(Entry):
 
 
 def claims() -> list[Claim]:
-    """All claims, in the order of `book/claims.yml`.
-
-    Raises:
-        BookError: naming the entry and what is wrong with it.
-    """
-    entries = read_yaml("claims.yml")
-    if not isinstance(entries, list):
-        raise BookError(f"book/claims.yml: accepts a list of claims, got {brief(entries)}")
+    """All claims, in the order of `book/claims.yml`; a BookError names the entry and what is wrong with it."""
     found: dict[str, Claim] = {}
-    for number, entry in enumerate(entries, start=1):
-        id = entry.get("id") if isinstance(entry, dict) else None
-        where = f"book/claims.yml: {one_line(id) if isinstance(id, str) else f'entry {number}'}"
+    entries = read_yaml("claims.yml")
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], start=1):
+        where = f"book/claims.yml: {one_line(entry['id']) if isinstance(entry, dict) and 'id' in entry else f'entry {number}'}"
         claim = validate(Claim, entry, where)
         if claim.id in found:
             raise BookError(f"{where}: stands there twice")

@@ -20,7 +20,7 @@ from nsm_book.schema import Entry, Page, Profile, brief, check_parameters, one_l
 
 MOST = 100_000  # runs of one sweep
 FACTS = ("seconds", "peak_memory_mb", "device", "commit", "date")  # of a run, repeated in its row of the sweep's results
-Rows = list[tuple[str, dict[str, Any]]]  # where each run stands in its file, and what stands there
+Row = tuple[str, dict[str, Any]]  # where a run stands in its file, and the parameters that stand there
 
 
 def sweep_folder(name: str) -> Path:
@@ -92,34 +92,24 @@ class SweepFile(Entry):
     profile: Profile = "full"
     question: Line | None = None
     measure: Line | None = None
-    rows: Annotated[Any, AfterValidator(_rows)] = None
+    rows: Annotated[Any, AfterValidator(_rows)] = Field(default_factory=lambda: [{}])
     grid: dict[str, Values] = Field(default_factory=dict)
     seeds: Values = Field(default_factory=list)
 
 
 def sweeps() -> dict[str, Path]:
-    """The files under `book/sweeps` by the name of their sweep. Folders, and hidden files, which editors leave, are none.
-
-    Raises:
-        BookError: for a name that is no plain word, or that a profile has.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted((schema.BOOK / "sweeps").glob("[!.]*.yml")):
-        if not path.is_file():
-            continue
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", path.stem, re.ASCII) or path.stem in schema.PROFILES:
+    """The files under `book/sweeps` by the name of their sweep. Folders, and hidden files, which editors leave, are none. A
+    BookError for a name that is no plain word, or that a profile has."""
+    found = {path.stem: path for path in sorted((schema.BOOK / "sweeps").glob("[!.]*.yml")) if path.is_file()}
+    for name in found:
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name, re.ASCII) or name in schema.PROFILES:
             accepted = "a sweep's name accepts letters, digits, - and _, and is no profile's"
-            raise BookError(f"book/sweeps: {brief(path.name)}: {accepted}")
-        found[path.stem] = path
+            raise BookError(f"book/sweeps: {brief(f'{name}.yml')}: {accepted}")
     return found
 
 
 def read_sweep(name: str) -> Sweep:
-    """The sweep of that name, with every run held to the page's parameters.
-
-    Raises:
-        BookError: naming the file, the place in it, what was given and what is accepted.
-    """
+    """The sweep of that name, with every run held to the page's parameters; a BookError names the file and the place in it."""
     if name not in sweeps():
         raise BookError(unknown("sweep", name, sweeps()))
     file = f"sweeps/{name}.yml"
@@ -129,7 +119,7 @@ def read_sweep(name: str) -> Sweep:
         base = schema.profile_parameters(page, table.profile)
         runs: dict[str, SweepRun] = {}
         places: dict[str, str] = {}
-        for place, given in _cross(page, table):
+        for place, given in _cross(page, _axes(page, table)):
             merged = base | given
             text = json.dumps([page.name, table.profile, merged], sort_keys=True)
             label = ", ".join(f"{key}={brief(value)}" for key, value in given.items())
@@ -142,28 +132,30 @@ def read_sweep(name: str) -> Sweep:
     return Sweep(name=name, page=page, profile=table.profile, question=table.question, measure=table.measure, runs=runs)
 
 
-def _cross(page: Page, table: SweepFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every run of a table: rows × grid × seeds."""
+def _axes(page: Page, table: SweepFile) -> list[list[Row]]:
+    """What a table crosses: its rows, the values of each parameter of its grid, its seeds."""
     if isinstance(table.rows, str):
         rows = _csv_rows(table.rows)
     else:
-        rows = [(f"row {number}", row) for number, row in enumerate(table.rows or (), start=1)] or [("grid", {})]
-    axes = [(name, values) for name, values in table.grid.items()]
+        rows = [(f"row {number}" if row else "grid", row) for number, row in enumerate(table.rows, start=1)]
+    axes = [rows, *([("grid", {name: value}) for value in values] for name, values in table.grid.items())]
     if table.seeds:
         name = next((name for name in ("seed", "seeds") if name in schema.parameters(page)), None)
         if name is None:
             raise BookError(f"seeds: {page.name} has neither a parameter `seed` nor `seeds`")
-        axes.append((name, table.seeds if name == "seed" else [[seed] for seed in table.seeds]))
-    _once("parameter", [*rows[0][1], *(name for name, _ in axes)])
-    count = len(rows) * math.prod(len(values) for _, values in axes)
+        axes.append([("seeds", {name: seed if name == "seed" else [seed]}) for seed in table.seeds])
+    _once("parameter", [name for axis in axes for name in axis[0][1]])
+    return axes
+
+
+def _cross(page: Page, axes: list[list[Row]]) -> Iterator[Row]:
+    """Every run of a table, each entry of an axis held to the page's parameters once."""
+    count = math.prod(map(len, axes))
     if count > MOST:
         raise BookError(f"{count} runs; accepts {MOST} at most")
-    checked = [[_checked(page, "grid", {name: value}) for value in values] for name, values in axes]
-    points = [dict(itertools.chain.from_iterable(map(dict.items, point))) for point in itertools.product(*checked)]
-    for place, row in rows:
-        own = _checked(page, place, row)
-        for point in points:
-            yield place, own | point
+    checked = [[(place, _checked(page, place, given)) for place, given in axis] for axis in axes]
+    for (place, row), *points in itertools.product(*checked):
+        yield place, dict(itertools.chain(row.items(), *(given.items() for _, given in points)))
 
 
 def _checked(page: Page, place: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -173,24 +165,25 @@ def _checked(page: Page, place: str, given: dict[str, Any]) -> dict[str, Any]:
         raise BookError(f"{place}: {error}") from None
 
 
-def _csv_rows(name: str) -> Rows:
+def _csv_rows(name: str) -> list[Row]:
     """A header of parameters, then a run on every line."""
-    reader = csv.reader(io.StringIO(schema.read_text(f"sweeps/{name}"), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(schema.read_text(f"sweeps/{name}"), newline=""), strict=True)
+    rows = []
     try:
-        header = next(reader, [])
-        lines = [(f"{name}: line {reader.line_num}", cells) for cells in reader if cells]
+        for row in reader:
+            rows.append((f"{name}: line {reader.line_num}", row))
     except csv.Error as error:
         raise BookError(f"{name}: line {reader.line_num}: {error}") from None
-    _once(f"{name}: column", header)
-    if not lines:
+    _once(f"{name}: column", reader.fieldnames or ())
+    for place, row in rows:
+        if None in row or None in row.values():
+            raise BookError(f"{place}: needs {len(reader.fieldnames or ())} cells, one for each column")
+    if not rows:
         raise BookError(f"{name}: holds no run: accepts a header of parameters, and a run on each line below it")
-    for place, cells in lines:
-        if len(cells) != len(header):
-            raise BookError(f"{place}: {len(cells)} cells for the {len(header)} columns {brief(header)}")
-    return [(place, dict(zip(header, cells, strict=True))) for place, cells in lines]
+    return rows
 
 
-def _once(what: str, names: list[str]) -> None:
+def _once(what: str, names: Iterable[str]) -> None:
     for name, times in Counter(names).items():
         if times > 1:
             raise BookError(f"{what} {brief(name)} stands there {times} times")

@@ -147,7 +147,7 @@ REFUSED = [  # of a sweep x.yml, or of one whose rows are x.csv: the file, what 
     ),
     ("x.csv", "page,count\ngroup/first,3\n", "unknown parameter 'page'"),
     ("x.csv", "count,count\n3,4\n", "x.csv: column 'count' stands there 2 times"),
-    ("x.csv", "count\n3\n4,5\n", "line 3: 2 cells for the 1 columns ['count']"),
+    ("x.csv", "count\n3\n4,5\n", "x.csv: line 3: needs 1 cells, one for each column"),
     ("x.csv", "count\n3\n\n3\n", "x.csv: line 4: the same run as x.csv: line 2: count=3"),
     ("x.csv", "scale\n1\n1.0\n", "line 3: the same run as x.csv: line 2: scale=1.0"),
     ("x.csv", 'kind\n"up\n', "unexpected end of data"),
@@ -250,7 +250,7 @@ def test_ninety_thousand_runs_are_checked_in_seconds(small):
 
 PAGES = "group/first: {budget: {quick: 1, full: 2}, memory: 5, makes: [a.pt]}\n"
 WRONG = [  # another text of a file of the small book, or a change in it
-    ("pages.yml", "- a\n", "book/pages.yml: accepts `PAGE: {budget: …, memory: …}`, got ['a']"),
+    ("pages.yml", "- a\n", "book/pages.yml: accepts `PAGE: {key: value}`, got ['a']"),
     (
         "pages.yml",
         "group/first:\n",
@@ -274,7 +274,7 @@ WRONG = [  # another text of a file of the small book, or a change in it
     ("pages.yml", PAGES + PAGES.replace("first", "second"), "group/second: makes a.pt, which group/first makes already"),
     ("pages.yml", PAGES.replace("makes", "needs"), "group/first: needs a.pt, which no page makes"),
     ("pages.yml", PAGES + PAGES, "book/pages.yml: line 2: key 'group/first': accepts each name once"),
-    ("claims.yml", "positive: {}\n", "book/claims.yml: accepts a list of claims, got"),
+    ("claims.yml", "positive: {}\n", "book/claims.yml: entry 1: unknown key 'positive'; accepted: id"),
     ("claims.yml", "- 3\n", "entry 1: accepts the keys id, question, page, metric, rule; got 3"),
     (
         "claims.yml",
@@ -296,7 +296,7 @@ WRONG = [  # another text of a file of the small book, or a change in it
     ),
     ("params/quick.yml", "group/first: {count: true}\n", "parameter count is int (default 50), got True"),
     ("params/quick.yml", "group/first: 5\n", "book/params/quick.yml: group/first: accepts `{parameter: value}`, got 5"),
-    ("params/quick.yml", "5\n", "book/params/quick.yml: unknown page None"),
+    ("params/quick.yml", "5\n", "book/params/quick.yml: accepts `PAGE: {key: value}`, got 5"),
     (
         "group/first.md",
         ("count: int = 50", "count: int = 5 * 10"),
