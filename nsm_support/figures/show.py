@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PALETTE = ("#3182bd", "#d95f0e", "#1b9e77", "#c05a9f", "#8a8a1c", "#6a6fd0", "#808080")
-"""The book's colours: at least 3 : 1 on white and on the dark theme's ground, told apart by the colour-blind."""
+"""The book's colours, at least 3 to 1 on white and on the dark theme's ground, told apart by the colour-blind."""
 
 COLORS = {
     "trained": PALETTE[0],
