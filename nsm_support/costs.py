@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
@@ -43,46 +42,29 @@ FORMULAS = {
 }
 
 
-class _PointwiseCounter(TorchDispatchMode):
-    """Counts the numbers that pointwise kernels write, mere copies aside."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if torch.Tag.pointwise in func.tags and func is not aten.clone.default:
-            self.count += sum(x.numel() for x in (out if isinstance(out, tuple | list) else (out,)))
-        return out
-
-
-def flops(function: Callable[[], Any], *, pointwise: bool = False) -> int:
+def flops(function: Callable[[], Any]) -> int:
     """Floating-point operations of one call: what the matrix products, convolutions and attentions in it take.
 
     A multiplication and an addition count as two, as in `torch.utils.flop_counter`, which does the counting. A call that
     also goes backward is counted with it. On tensors of the "meta" device nothing is computed and any size can be
     counted, through other kernels with the same products, except that attention goes unfused (see below).
 
-    `pointwise` adds one operation for each number that a pointwise kernel writes (sums, gates, activations, the scan of
-    a Mamba). Off, as in most publications, these count nothing.
-
     To know when reading the count:
     - On the CPU torch's counter misses fused attention, the LSTM (oneDNN) and products with a vector; here they count.
     - Causal attention counts as full attention, although a kernel may skip the half that is hidden.
     - Fused attention goes backward in five products, of which one makes the scores anew; unfused in four.
-    - The pointwise part inside fused kernels (softmax, the gates of an LSTM) and reductions never count.
+    - Pointwise kernels (sums, gates, activations, softmax) and reductions count nothing, as in most publications.
     - A kernel that neither torch nor this module has a formula for (cuDNN's LSTM, Triton's) counts nothing.
     """
-    counter, points = FlopCounterMode(display=False, custom_mapping=FORMULAS), _PointwiseCounter()
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one kernel for a whole nn.TransformerEncoderLayer, not counted
     try:
-        with points, counter:  # the counter first: it takes composite operations apart
+        with counter:
             function()
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops() + (points.count if pointwise else 0)
+    return counter.get_total_flops()
 
 
 def seconds(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -42,14 +42,6 @@ class Estimate(NamedTuple):
         return f"{estimate} [{low}, {high}]" + (" %" if spec.endswith("%") else "")
 
 
-class PermutationTest(NamedTuple):
-    """The mean difference of two samples, its two-sided p-value, and the number of values (pairs, if paired)."""
-
-    difference: float
-    p_value: float
-    n: int
-
-
 class PermutationNull(NamedTuple):
     """A statistic, its values under shuffled labels [permutations], and the share of those that reach it."""
 
@@ -69,13 +61,6 @@ def _sample(values: ArrayLike, function: str, name: str = "values") -> NDArray[n
         bad = np.flatnonzero(~np.isfinite(sample))
         raise ValueError(f"{function}: {len(bad)} of {len(sample)} {name} are NaN or infinite, the first at {bad[0]}")
     return sample
-
-
-def _pair(first: ArrayLike, second: ArrayLike, function: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    first, second = _sample(first, function, "first"), _sample(second, function, "second")
-    if len(first) != len(second):
-        raise ValueError(f"{function}: pairs need two samples of one length, got {len(first)} and {len(second)}")
-    return first, second
 
 
 def t_interval(values: ArrayLike) -> Estimate:
@@ -194,8 +179,10 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> 
     Raises:
         ValueError: if the lengths differ, n < 2, or a value is NaN or infinite.
     """
-    first, second = _pair(first, second, "paired_difference")
-    return mean_interval(first - second, seed=seed)
+    pair = _sample(first, "paired_difference", "first"), _sample(second, "paired_difference", "second")
+    if len(pair[0]) != len(pair[1]):
+        raise ValueError(f"paired_difference: pairs need two samples of one length, got {len(pair[0])} and {len(pair[1])}")
+    return mean_interval(pair[0] - pair[1], seed=seed)
 
 
 def crossed_interval(differences: ArrayLike) -> Estimate:
@@ -221,40 +208,6 @@ def crossed_interval(differences: ArrayLike) -> Estimate:
     variance = units.var(ddof=1) / len(units) + chapters.var(ddof=1) / len(chapters)
     mean, half = float(values.mean()), float(stdtrit(len(units) - 1, 0.975) * np.sqrt(variance))
     return Estimate(mean, mean - half, mean + half, values.shape[0] * values.shape[1])
-
-
-def permutation_test(first: ArrayLike, second: ArrayLike, *, paired: bool, seed: int = 0) -> PermutationTest:
-    """Is the mean of `first` another than that of `second`? (`scipy.stats.permutation_test`, two-sided.)
-
-    Exact where all permutations are fewer than 9,999, else from 9,999 of them. Paired, the members of a pair change
-    places: n pairs can never give a p-value below 2/2ⁿ, so that at least 6 are needed to pass 0.05.
-
-    Args:
-        first, second: [n] and [m]; paired, n = m and the same order of units.
-        paired: whether value i of both belongs to one unit.
-        seed: of the permutations.
-
-    Raises:
-        ValueError: if n or m < 2, paired lengths differ, or a value is NaN or infinite.
-    """
-    from scipy.stats import permutation_test as test
-
-    if paired:
-        first, second = _pair(first, second, "permutation_test")
-        n = len(first)
-    else:
-        first, second = _sample(first, "permutation_test", "first"), _sample(second, "permutation_test", "second")
-        n = len(first) + len(second)
-    result = test(
-        (first, second),
-        lambda a, b, axis: a.mean(axis) - b.mean(axis),
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        permutation_type="samples" if paired else "independent",
-        batch=max(1, CHUNK // n),
-        rng=np.random.default_rng(seed),
-    )
-    return PermutationTest(float(result.statistic), float(result.pvalue), n)
 
 
 def permutation_null(

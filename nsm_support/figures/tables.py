@@ -1,7 +1,7 @@
 """A pandas DataFrame as a table that everybody can read: escaped, with row headers, and scrolling by itself."""
 
 import html
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,45 +42,28 @@ def table(
     """
     from IPython.display import display
 
-    text = table_html(frame, label=label, links=links, ids=ids, folded=folded)
-    display({"text/html": text, "text/plain": f"Table: {label}\n{frame.to_string(index=False)}"}, raw=True)
-
-
-def table_html(
-    frame: "DataFrame",
-    *,
-    label: str,
-    links: Mapping[tuple[int, Hashable], str] | None = None,
-    ids: Sequence[str] | None = None,
-    folded: str | None = None,
-) -> str:
-    """The HTML of `table`; arguments and errors as there."""
     links, columns = links or {}, list(frame.columns)
     if not label.strip() or not columns:
         raise ValueError(f"table: label={label!r} and {len(columns)} columns; accepts a sentence, and a column at least")
-    strange = _strange(links, len(frame), columns)
-    if strange:
-        raise ValueError(f"table({label!r}): no cell {strange[0]!r} to link; accepts (row 0 to {len(frame) - 1}, column name)")
+    for row, column in links:
+        if row not in range(len(frame)) or column not in columns:
+            cells = f"(row 0 to {len(frame) - 1}, column name)"
+            raise ValueError(f"table({label!r}): no cell {(row, column)!r} to link; accepts {cells}")
     if ids is not None and len(ids) != len(frame):
         raise ValueError(f"table({label!r}): {len(ids)} ids for {len(frame)} rows; one a row is accepted")
     rows = []
     for place, values in enumerate(frame.itertuples(index=False, name=None)):
-        cells = [_linked(value, links.get((place, column))) for column, value in zip(columns, values, strict=True)]
+        first, *rest = (_linked(value, links.get((place, column))) for column, value in zip(columns, values, strict=True))
         anchor = f' id="{html.escape(ids[place])}"' if ids else ""
-        rest = "".join(f"<td>{cell}</td>" for cell in cells[1:])
-        rows.append(f'<tr{anchor}><th scope="row">{cells[0]}</th>{rest}</tr>')
+        rows.append(f'<tr{anchor}><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>')
     head = "".join(f'<th scope="col">{html.escape(str(column))}</th>' for column in columns)
     text = (
         f'<div class="nsm-table" role="region" tabindex="0" aria-label="{html.escape(label)}"><table class="table">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
-    if folded is None:
-        return text
-    return f'<details class="nsm-fold"><summary>{html.escape(folded)}</summary>{text}</details>'
-
-
-def _strange(links: Mapping[tuple[int, Hashable], str], rows: int, columns: Collection[Hashable]) -> list[Any]:
-    return [cell for cell in links if cell[0] not in range(rows) or cell[1] not in columns]
+    if folded is not None:
+        text = f'<details class="nsm-fold"><summary>{html.escape(folded)}</summary>{text}</details>'
+    display({"text/html": text, "text/plain": f"Table: {label}\n{frame.to_string(index=False)}"}, raw=True)
 
 
 def _linked(value: Any, link: str | None) -> str:

@@ -93,19 +93,7 @@ def test_operations_of_a_mamba_layer(device):
         layer = MambaLayer(D, N)
     linear = 2 * B * T * (D * 2 * channels + channels * (rank + 2 * N) + rank * channels + channels * D)
     scan = B * T * channels * N  # numbers that all states are; C_t · h_t multiplies and adds each once
-    run = forward(layer, tokens(device))
-    assert linear + 2 * scan <= flops(run) <= linear + 3 * scan  # even chunks pad 13 tokens
-    assert 4 * scan < flops(run, pointwise=True) - flops(run) < 12 * scan  # Δ·A, exp, Δu·B, decay·h + write, at least
-
-
-def test_pointwise_operations_count_when_asked_for():
-    x = torch.randn(3, 5)
-
-    def run():
-        return (x.sigmoid() * x + x).clone() @ x.T
-
-    assert flops(run) == 2 * 3 * 3 * 5
-    assert flops(run, pointwise=True) == 2 * 3 * 3 * 5 + 3 * 15
+    assert linear + 2 * scan <= flops(forward(layer, tokens(device))) <= linear + 3 * scan  # even chunks pad 13 tokens
 
 
 def test_counting_leaves_torch_as_it_was():
