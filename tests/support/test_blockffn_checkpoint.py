@@ -168,11 +168,13 @@ def plain_forward(config, state, tokens):
     return torch.stack([w["lm_head.weight"] @ (x / (D / config["dim_model_base"])) for x in wide])
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_a_plain_computation(tmp_path, kind, file):
-    config = COMMON | KINDS[kind]
-    state = tensors(config)
+@pytest.mark.parametrize(
+    ("kind", "file", "norm"),
+    [("vanilla", "model.safetensors", "rms"), ("mla", "pytorch_model.bin", "rms"), ("vanilla", "pytorch_model.bin", "sum")],
+)
+def test_logits_equal_a_plain_computation(tmp_path, kind, file, norm):
+    config = COMMON | KINDS[kind] | {"norm_after_router": norm, "norm_scale": 0.5}
+    state = {name: tensor for name, tensor in tensors(config).items() if norm == "rms" or "router_norm" not in name}
     model = load_checkpoint(write(tmp_path, config, state, file), dtype=torch.float64)
     tokens = torch.tensor([[3, 7, 7, 0, 18, 2, 11], [1, 1, 4, 9, 3, 5, 0]])
     assert not model.training and {name for name, _ in model.named_parameters()} == set(state)
@@ -198,14 +200,6 @@ def test_a_head_of_its_own_has_to_be_there(tmp_path):
     state = {name: tensor for name, tensor in tensors(config).items() if name != "lm_head.weight"}
     with pytest.raises(CheckpointError, match="lm_head"):
         load_checkpoint(write(tmp_path, config, state))
-
-
-def test_norm_by_the_sum_equals_a_plain_computation(tmp_path):
-    config = COMMON | KINDS["vanilla"] | {"norm_after_router": "sum", "norm_scale": 0.5}
-    state = {name: tensor for name, tensor in tensors(config).items() if "router_norm" not in name}
-    model = load_checkpoint(write(tmp_path, config, state), dtype=torch.float64)
-    tokens = torch.tensor([3, 7, 7, 0])
-    torch.testing.assert_close(model(tokens[None])[0], plain_forward(config, state, tokens))
 
 
 def test_blocks_of_three_axes_are_those_of_two(tmp_path):
@@ -292,13 +286,9 @@ def test_names_and_shapes_are_strict(tmp_path, change):
     ("changed", "words"),
     [
         ({"model_type": "llama"}, "'llama'; 'minicpm' is accepted"),
-        ({"model_type": None}, "None; 'minicpm'"),
         ({"ffn_type": "vanilla"}, "ffn_type is 'vanilla'; 'block' or 'block_linear'"),
-        ({"ffn_type": "moe"}, "ffn_type is 'moe'"),
-        ({"attention_type": "flash"}, "attention_type"),
         ({"norm_after_router": "layer"}, "norm_after_router"),
         ({"router_act": "sigmoid"}, "router_act is 'sigmoid'; 'relu'"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"attention_bias": True}, "attention_bias"),
         ({"pretraining_tp": 2}, "pretraining_tp is 2; 1 is accepted"),
@@ -379,17 +369,8 @@ def test_a_repository_is_fetched_by_name_without_its_code(tmp_path, monkeypatch)
     model = load_checkpoint("owner/BlockFFN")
     assert model.config.attention_type == "mla" and asked["name"] == "owner/BlockFFN"
     assert not any(pattern.endswith((".py", "*")) for pattern in asked["patterns"])
-    kept = [
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "model-00001-of-00002.safetensors",
-        "pytorch_model.bin.index.json",
-        "pytorch_model-00001-of-00002.bin",
-    ]
-    for file in kept:
+    parts = [f"{stem}-00001-of-00002.{end}" for stem, end in (("model", "safetensors"), ("pytorch_model", "bin"))]
+    for file in ("config.json", "tokenizer.json", "model.safetensors.index.json", *parts):
         assert any(fnmatch(file, pattern) for pattern in asked["patterns"]), file
     for name in ("./owner/BlockFFN", "/owner", "~/BlockFFN", "owner/BlockFFN/main", "BlockFFN"):
         with pytest.raises(FileNotFoundError, match="no folder, nor the name"):

@@ -120,7 +120,7 @@ def test_alpha_is_mambas_share_and_the_ffn_is_untouched(alpha):
 # Hard gates skip work
 
 
-@pytest.mark.parametrize("T", [1, 63, 200])
+@pytest.mark.parametrize("T", [1, 63])
 @pytest.mark.parametrize("kind", ["vanilla", "mla"])
 def test_skipped_queries_change_nothing_but_the_work(kind, T):
     """Each token's own path, as if both were computed and one chosen: value, and gradient."""

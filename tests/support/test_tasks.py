@@ -104,20 +104,15 @@ def test_score_is_the_cross_entropy_of_what_is_asked():
     ("name", "arguments", "message"),
     [
         ("a_5", {}, "'a_5' is no task; accepted are mnist, .*, text; did you mean 'a5'"),
-        (None, {}, "None is no task; accepted are mnist, permuted_mnist, .*, text$"),
-        ("recal", {}, "did you mean 'recall'"),
         ("recall", {"pair": 3}, "recall has no pair; accepted are pairs, keys, values"),
-        ("listops", {"length": 3}, "accepted are max_depth, max_args, min_length, max_length"),
         ("recall", {"fold": 1}, "recall has no fold 1; only mnist and permuted_mnist have folds"),
         ("mnist", {"fold": 5}, "fold 5 of 5"),
         ("mnist", {"per_class": 501}, "per_class = 501; 1 to 500"),
         ("a5", {"max_length": 0}, "a5: max_length = 0; accepted is a whole number"),
         ("recall", {"pairs": 9, "keys": 8}, r"length = 27 of 8 keys; 3 · pairs, with 1 to 8 pairs"),
-        ("recall", {"values": 0}, "recall: values = 0; accepted is a whole number"),
         ("selective_copying", {"data": 8, "context": 7}, "length = 15; 16 or more"),
         ("listops", {"min_length": 9, "max_length": 8}, "lengths 9 to 8; "),
         ("listops", {"max_depth": 1, "max_args": 2, "min_length": 5}, "no expression of 5 to 128 tokens in 10,000 draws"),
-        ("verse_section", {"length": 0}, "verse_section: length = 0; accepted is a whole number"),
         ("verse_section", {"length": 1}, "length = 1; every held-out verse begins as one of training"),
         ("text", {"length": 10**6}, "length = 1000000; the validation part has .* characters: up to"),
     ],
@@ -184,7 +179,7 @@ def test_two_permutations_generate_the_group(tasks, name, order):
 
 
 @pytest.mark.parametrize("name", GROUPS)
-@pytest.mark.parametrize("length", [1, 2, 9, 10, 11, 40, 63])
+@pytest.mark.parametrize("length", [1, 9, 10, 63])
 def test_targets_are_products_of_matrices(tasks, name, length):
     task = tasks[name]
     inputs, targets = task.sample_batch(generator(length), 20, length)
@@ -208,16 +203,6 @@ def test_training_words_have_lengths_from_1_to_the_longest(tasks):
     assert set(lengths) == set(range(1, 41)) and max(lengths.values()) < 45  # 20 each; 45 is five deviations off
     with pytest.raises(ValueError, match="length = 0 in train; 1 or more"):
         tasks["a5"].sample_batch(draws, 2, 0)
-
-
-@pytest.mark.parametrize(("name", "order"), GROUPS.items())
-def test_elements_are_uniform_in_long_words(tasks, name, order):
-    n = 12_000
-    for length in (40, 400):
-        counts = tasks[name].held_out("test", length, n).targets[:, -1].bincount(minlength=order)
-        squares = ((counts - n / order) ** 2 / (n / order)).sum().item()
-        freedom = order - 1
-        assert squares < freedom + 6 * math.sqrt(2 * freedom)
 
 
 def test_no_held_out_word_begins_as_a_training_word_does(tasks):
@@ -419,16 +404,7 @@ def test_listops_is_what_a_stack_says(sizes):
     assert make_task("listops").sample_batch(generator(), 400).inputs[:, 0].unique().tolist() == [11, 12, 13, 14]
 
 
-def test_listops_by_hand():
-    for text, found in (
-        ("[MAX 2 9 [MIN 4 7 ] 0 ]", (9, 2, 4)),
-        ("[MED 1 2 4 8 ]", (3, 1, 4)),
-        ("[MED 1 2 5 8 ]", (3, 1, 4)),  # 3.5, rounded down
-        ("[SM 9 9 [MED 7 1 3 ] ]", (1, 2, 3)),
-    ):
-        assert solved(text.split()) == found
-
-
+@pytest.mark.slow
 def test_listops_distribution_control_and_parts(tasks):
     task, draws = tasks["listops"], generator()
     test = task.held_out("test")
@@ -498,16 +474,12 @@ def test_the_digits_counter_is_the_nearest_mean(tasks):
     assert len(task.controls) == 2  # no optimum is known
 
 
+@pytest.mark.slow
 def test_verses_are_those_of_the_bible_in_held_out_chapters(tasks):
     task = tasks["verse_section"]
     assert list(SECTIONS) == ["law", "history", "wisdom", "prophets", "gospels and Acts", "letters and Revelation"]
-    books = {"law": "Deuteronomy", "history": "Esther", "wisdom": "Song of Songs", "prophets": "Malachi"}
-    starts = [1, 6, 18, 24 - 1, 40, 45]
-    sections = {book: sum(book >= start for start in starts) - 1 for book in range(1, 67)}
+    sections = {book: sum(book >= start for start in (1, 6, 18, 23, 40, 45)) - 1 for book in range(1, 67)}
     text = load_text()
-    titles = {chapter.name.rsplit(" ", 1)[0]: chapter.book for chapter in text.chapters}
-    for number, book in enumerate(books.values()):
-        assert sections[titles.get(book, titles.get("Song of Solomon"))] == number
     train: set[str] = set()
     for part, chapters in split_text(text)._asdict().items():
         inputs, targets = task.parts[part]
@@ -529,9 +501,6 @@ def test_verses_are_those_of_the_bible_in_held_out_chapters(tasks):
     assert inputs.shape[1] == 128 and max(map(len, verses)) == 128
     everything = sum(len(batch.targets) for batch in task.parts.values())
     assert 0 < 31_102 - 16 - everything < 300  # 16 are empty; the rest read like one of training
-    uncut = make_task("verse_section", length=600).parts["test"].inputs  # longer than any verse
-    assert uncut.shape[1] == 600 and (uncut[:, 0] > 0).all() and (uncut[:, -1] == 0).all()
-    assert make_task("verse_section", length=33).parts["train"].inputs.shape[1] == 33
 
 
 def test_the_verse_counter_is_naive_bayes(tasks):
@@ -552,6 +521,7 @@ def test_the_verse_counter_is_naive_bayes(tasks):
     assert found.accuracy > task.controls[0].accuracy
 
 
+@pytest.mark.slow
 def test_text_windows_are_consecutive_characters_of_their_part():
     for length in (1, 63, 128):
         task = make_task("text", length=length)
