@@ -162,13 +162,17 @@ class PretrainedModel(nn.Module):
 
 
 class StreamedModel(PretrainedModel):
-    """`start`, `prefill`, `step` and `generate`, for a stack of `layers` that each have the first three.
+    """`start`, `prefill`, `step` and `generate`, for a stack of layers that each have the first three.
 
-    A subclass says whether it is `causal`, and how tokens come in (`_embed`) and outputs go out (`_conclude`).
+    A subclass says whether it is `causal`, which layers it has (`stack`), how tokens come in (`_embed`) and how outputs go
+    out (`_conclude`).
     """
 
-    layers: Iterable[Any]
     causal: bool = True
+
+    def stack(self) -> Any:
+        """The layers, in order."""
+        raise NotImplementedError
 
     def _embed(self, inputs: Tensor, start: int = 0) -> Tensor:
         """Inputs [B,T,·], the first at position `start` → tokens [B,T,D]. Raises ValueError for others."""
@@ -182,13 +186,13 @@ class StreamedModel(PretrainedModel):
     def start(self, batch_size: int) -> Stream:
         """The stream before the first token. Raises ValueError for a model that looks ahead."""
         check(self, self.causal, "True: a stream sees no later token", "causal")
-        return Stream(tuple(layer.start(batch_size) for layer in self.layers), 0)
+        return Stream(tuple(layer.start(batch_size) for layer in self.stack()), 0)
 
     @torch.no_grad()
     def prefill(self, inputs: Tensor) -> tuple[Tensor, Stream]:
         """The first T tokens at once → outputs as from a full pass, and the stream after them."""
         tokens, stream, layers = self._embed(inputs), self.start(len(inputs)), []
-        for layer in self.layers:
+        for layer in self.stack():
             tokens, memory = layer.prefill(tokens)
             layers.append(memory)
         return self._conclude(tokens, stream._replace(layers=tuple(layers), position=inputs.shape[1]))
@@ -200,7 +204,7 @@ class StreamedModel(PretrainedModel):
         Equals the full pass over the sequence so far.
         """
         tokens, layers = self._embed(inputs[:, None], stream.position)[:, 0], []
-        for layer, memory in zip(self.layers, stream.layers, strict=True):
+        for layer, memory in zip(self.stack(), stream.layers, strict=True):
             tokens, memory = layer.step(tokens, memory)
             layers.append(memory)
         after = stream._replace(layers=tuple(layers), position=stream.position + 1)
@@ -252,6 +256,8 @@ class SequenceModel(StreamedModel):
         head_dim: width of what the head sees; a token's by default.
     """
 
+    layers: Any  # an `nn.ModuleList`
+
     def __init__(self, config: Any, layers: Iterable[nn.Module], causal: bool, head_dim: int | None = None):
         super().__init__()
         self.config, self.causal = config, causal
@@ -263,6 +269,9 @@ class SequenceModel(StreamedModel):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(head_dim or D, config.output_dim or config.vocab_size)
+
+    def stack(self) -> Any:
+        return self.layers
 
     def _embed(self, inputs: Tensor, start: int = 0) -> Tensor:
         """Vectors [B,T,input_dim] or token numbers [B,T], the first at position `start` → tokens [B,T,D]."""

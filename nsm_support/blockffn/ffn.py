@@ -55,10 +55,9 @@ def blockffn_sparse(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tens
 
 def _one_token(x: Tensor, scores: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """One token without a gradient: in few calls, which take longer than its arithmetic."""
-    token, scores = x.view(-1), scores.view(-1).tolist()
-    width = len(up) // len(scores)
+    token, width = x.view(-1), len(up) // scores.numel()
     y = torch.zeros_like(token)
-    for e, score in enumerate(scores):
+    for e, score in enumerate(scores.view(-1).tolist()):
         if score:
             block = slice(e * width, (e + 1) * width)
             hidden = F.silu(torch.mv(up[block], token), inplace=True)

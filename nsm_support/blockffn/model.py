@@ -8,12 +8,12 @@ hidden state divided by D/`dim_model_base`.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsm_support.blockffn.attention import Attention, LatentAttention
+from nsm_support.blockffn.attention import Attention, CausalAttention, LatentAttention
 from nsm_support.blockffn.ffn import BlockFFN
 from nsm_support.blockffn.objectives import chunk_sparsity_loss, locality_loss
 from nsm_support.blockffn.router import NORMS, Routed
@@ -85,8 +85,8 @@ def dense_twin(config: BlockFFNConfig, active_experts: float) -> BlockFFNConfig:
         active_experts: mean number of experts that a token of the trained model uses: (1 − sparsity)·E.
     """
     active = config.num_experts * (config.token_dim + 1) + 2 * active_experts * config.expert_size * config.token_dim
-    plain = {"ffn_type": "dense", "locality_weight": 0.0, "chunk_sparsity_weight": 0.0}
-    return replace(config, intermediate_size=round(active / (2 * config.token_dim)), **plain)
+    width = round(active / (2 * config.token_dim))
+    return replace(config, intermediate_size=width, ffn_type="dense", locality_weight=0.0, chunk_sparsity_weight=0.0)
 
 
 class DenseFFN(nn.Module):
@@ -113,15 +113,15 @@ class BlockFFNLayer(nn.Module):
         D, heads, eps = config.token_dim, config.num_heads, config.rms_norm_eps
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
         if config.attention_type == "vanilla":
-            self.self_attn = Attention(D, heads, config.key_value_heads, config.rope_theta)
+            self.self_attn: CausalAttention = Attention(D, heads, config.key_value_heads, config.rope_theta)
         else:
             widths = config.qk_nope_head_dim, config.qk_rope_head_dim, config.q_lora_rank, config.kv_lora_rank
             self.self_attn = LatentAttention(D, heads, *widths, config.rope_theta)
         if config.ffn_type == "block":
-            router = {"norm_after_router": config.norm_after_router, "norm_scale": config.norm_scale, "eps": eps}
-            self.mlp = BlockFFN(D, config.num_experts, config.expert_size, **router)
+            router: dict[str, Any] = {"norm_after_router": config.norm_after_router, "norm_scale": config.norm_scale, "eps": eps}
+            self.mlp: BlockFFN | DenseFFN = BlockFFN(D, config.num_experts, config.expert_size, **router)
         else:
-            self.mlp = DenseFFN(D, config.intermediate_size)
+            self.mlp = DenseFFN(D, config.intermediate_size or 0)
         self.scale = config.scale_depth / config.num_layers**0.5
 
     def forward(self, x: Tensor, previous: Routed | None = None) -> tuple[Tensor, Routed | None]:
@@ -177,6 +177,9 @@ class BlockFFNModel(StreamedModel):
         else:
             nn.init.normal_(self.lm_head.weight, std=0.02)
 
+    def stack(self) -> Any:
+        return self.layers
+
     @property
     def layers(self) -> nn.ModuleList:
         """The L layers; a `GatedHybridLayer` may stand in the place of some."""
@@ -231,8 +234,9 @@ def losses(model: BlockFFNModel, batch: tuple[Tensor, Tensor]) -> Losses:
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     locality = chunk_sparsity = cross_entropy.new_zeros(())
     if config.ffn_type == "block" and config.locality_weight:
-        locality = sum(locality_loss(routed) for routed in routing) / len(routing)
+        locality = sum((locality_loss(routed) for routed in routing), locality) / len(routing)
     if config.ffn_type == "block" and config.chunk_sparsity_weight:
-        chunk_sparsity = sum(chunk_sparsity_loss(routed, config.sparsity_chunk) for routed in routing) / len(routing)
+        parts = (chunk_sparsity_loss(routed, config.sparsity_chunk) for routed in routing)
+        chunk_sparsity = sum(parts, chunk_sparsity) / len(routing)
     total = cross_entropy + config.locality_weight * locality + config.chunk_sparsity_weight * chunk_sparsity
     return Losses(total, cross_entropy, locality, chunk_sparsity)

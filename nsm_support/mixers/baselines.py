@@ -140,7 +140,7 @@ class Transformer(Baseline):
 class RecurrentLayers(nn.Module):
     """`torch.nn.LSTM` or `torch.nn.GRU`, all layers in one fused module, each as wide as the tokens."""
 
-    def __init__(self, cell: type[nn.RNNBase], token_dim: int, num_layers: int):
+    def __init__(self, cell: type[nn.LSTM] | type[nn.GRU], token_dim: int, num_layers: int):
         super().__init__()
         self.rnn = cell(token_dim, token_dim, num_layers, batch_first=True)
 
@@ -161,7 +161,7 @@ class RecurrentLayers(nn.Module):
 class Recurrent(Baseline):
     """What `LSTM` and `GRU` share: layers as PyTorch has them, stacked."""
 
-    cell: ClassVar[type[nn.RNNBase]]
+    cell: ClassVar[type[nn.LSTM] | type[nn.GRU]]
 
     def __init__(self, config: BaselineConfig):
         super().__init__(config, [RecurrentLayers(self.cell, config.token_dim, config.num_layers)], causal=True)

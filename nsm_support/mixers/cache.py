@@ -24,24 +24,21 @@ class Cache(NamedTuple):
     @classmethod
     def empty(cls, like: Tensor, batch_size: int, heads: int, key: int, value: int | None = None) -> "Cache":
         """No tokens yet, in the dtype and on the device of `like`."""
-        sizes = (key, key if value is None else value)
-        return cls(*(like.new_zeros(batch_size, heads, 0, size) for size in sizes), 0, [0])
+        keys = like.new_zeros(batch_size, heads, 0, key)
+        return cls(keys, keys if value is None else like.new_zeros(batch_size, heads, 0, value), 0, [0])
 
     def append(self, keys: Tensor, values: Tensor) -> "Cache":
         """The cache with keys and values [B,H,n,·] of n tokens more."""
-        end, memory, written = self.length + keys.shape[2], (self.keys, self.values), self.written
+        end, memory, written = self.length + keys.shape[2], [self.keys, self.values], self.written
         frozen = self.keys.is_inference() and not torch.is_inference_mode_enabled()
         if end > self.keys.shape[2] or written[0] != self.length or frozen:
-            free = end + SPARE - self.length
-            memory = tuple(
-                F.pad(old[:, :, : self.length].to(new.dtype), (0, 0, 0, free))
-                for old, new in zip(memory, (keys, values), strict=True)
-            )
+            free = (0, 0, 0, end + SPARE - self.length)
+            memory = [F.pad(x[:, :, : self.length].to(keys.dtype), free) for x in memory]
             written = [self.length]
         for old, new in zip(memory, (keys, values), strict=True):
             old[:, :, self.length : end] = new
         written[0] = end
-        return Cache(*memory, end, written)
+        return Cache(memory[0], memory[1], end, written)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, "Cache"]:
         """Causal attention of the next token's queries [B,H,1,K], or of all first ones, over all keys; and the cache after.
@@ -50,5 +47,5 @@ class Cache(NamedTuple):
         """
         after = self.append(keys, values)
         grouped = q.shape[1] != keys.shape[1]
-        seen = (x[:, :, : after.length] for x in (after.keys, after.values))
-        return F.scaled_dot_product_attention(q, *seen, is_causal=q.shape[2] > 1, enable_gqa=grouped), after
+        k, v = after.keys[:, :, : after.length], after.values[:, :, : after.length]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=grouped), after

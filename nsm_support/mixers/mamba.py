@@ -28,6 +28,8 @@ class MambaStream(NamedTuple):
 class _Mixer(nn.Module):
     """What both mixers share: the convolution, the stream, and the ways in. Each adds its own `_mix` and `_step`."""
 
+    in_proj: nn.Linear
+
     def __init__(self, convolved: int, conv_width: int, state_shape: tuple[int, ...]):
         super().__init__()
         self.state_shape = state_shape
@@ -51,6 +53,12 @@ class _Mixer(nn.Module):
         """The next token of each sequence [B,D] → its output [B,D] as in `forward`, and the stream after it."""
         check_shape(self, "token", tokens, "B D", D=self.in_proj.in_features)
         return self._step(tokens, self._accepted(stream, tokens))
+
+    def _mix(self, tokens: Tensor, stream: MambaStream) -> tuple[Tensor, MambaStream]:
+        raise NotImplementedError
+
+    def _step(self, tokens: Tensor, stream: MambaStream) -> tuple[Tensor, MambaStream]:
+        raise NotImplementedError
 
     def start(self, batch_size: int) -> MambaStream:
         """The stream before the first token: zeros."""
@@ -100,7 +108,7 @@ class MambaBlock(_Mixer):
         nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
         self.dt_proj.bias.data = _delta_bias(channels)
         self.A_log = nn.Parameter(torch.arange(1.0, state_dim + 1).log().repeat(channels, 1))
-        self.A_log.no_weight_decay = True  # a rate of forgetting, as in the published code
+        setattr(self.A_log, "no_weight_decay", True)  # noqa: B010   a rate of forgetting, as in the published code
         self.D = nn.Parameter(torch.ones(channels))
         self.out_proj = nn.Linear(channels, token_dim, bias=False)
 
@@ -108,8 +116,8 @@ class MambaBlock(_Mixer):
         x, z = self.in_proj(tokens).chunk(2, -1)
         x, window = self._convolve(x, stream.window)
         delta, B, C = self._select(x)
-        scan = {"initial_state": stream.state, "return_last_state": True}
-        y, state = selective_scan(x.mT, delta.mT, -self.A_log.exp(), B.mT, C.mT, self.D, **scan)
+        given = (x.mT, delta.mT, -self.A_log.exp(), B.mT, C.mT, self.D)
+        y, state = selective_scan(*given, initial_state=stream.state, return_last_state=True)
         return self.out_proj(y.mT * F.silu(z)), MambaStream(window, state)
 
     def _step(self, tokens: Tensor, stream: MambaStream) -> tuple[Tensor, MambaStream]:
@@ -165,8 +173,8 @@ class Mamba2Block(_Mixer):
         z, x, delta = self.in_proj(tokens).split(self.parts, -1)
         x, window = self._convolve(x, stream.window)
         x, delta, B, C = self._select(x, delta)
-        scan = {"chunk": self.chunk, "initial_state": stream.state, "return_last_state": True}
-        y, state = ssd_scan(x, delta, -self.A_log.exp(), B, C, self.D, **scan)
+        given = (x, delta, -self.A_log.exp(), B, C, self.D)
+        y, state = ssd_scan(*given, chunk=self.chunk, initial_state=stream.state, return_last_state=True)
         return self._emit(y, z), MambaStream(window, state)
 
     def _step(self, tokens: Tensor, stream: MambaStream) -> tuple[Tensor, MambaStream]:

@@ -5,6 +5,7 @@ Letters: B batch, T tokens, D token width, H heads, K width of a head, W window.
 
 import math
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -112,9 +113,10 @@ class HybridAttention(nn.Module):
         check(self, not odd, "an even width per head for rotary positions", token_dim=token_dim, num_heads=num_heads)
         self.token_dim, self.num_heads, self.window, self.causal = token_dim, num_heads, window, causal
         self.mix, self.alpha, self.rotary = mix, alpha, rotary
-        self.qkv = nn.Linear(token_dim, 3 * token_dim, bias=False) if mix != "read" else None
-        self.out = nn.Linear(token_dim, token_dim) if mix != "read" else None
-        self.gate = nn.Linear(token_dim, 1) if mix == "gate" else None
+        if mix != "read":
+            self.qkv, self.out = nn.Linear(token_dim, 3 * token_dim, bias=False), nn.Linear(token_dim, token_dim)
+        if mix == "gate":
+            self.gate = nn.Linear(token_dim, 1)
         self.state_proj = nn.Linear(state_dim, token_dim) if state_dim not in (None, token_dim) else None
 
     def forward(self, tokens: Tensor, states: Tensor, weights: Tensor) -> Tensor:
@@ -149,8 +151,8 @@ class HybridAttention(nn.Module):
     def combine(self, heard: Tensor, local: Tensor | None, read: Tensor | None) -> Tensor:
         """Mix local and read [B,T,D]; `heard` is the token with its window, from which the gate decides."""
         if self.mix in ("local", "read"):
-            return local if self.mix == "local" else read
-        if self.mix == "sum":
-            return local + read
+            return cast(Tensor, local if self.mix == "local" else read)
+        local, read = cast(tuple[Tensor, Tensor], (local, read))
         # out = g·local + (1 − g)·read
-        return torch.lerp(read, local, self.share(heard))
+        share = self.share(heard)
+        return local + read if share is None else torch.lerp(read, local, share)

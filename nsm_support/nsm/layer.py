@@ -93,12 +93,12 @@ class NSMLayer(nn.Module):
         if causal:
             check_sizes(self, chunk=config.chunk)
         self.token_dim, self.chunk, heads = token_dim, config.chunk, config.num_heads
-        mixing = {"mix": config.mix, "alpha": config.alpha, "rotary": config.rotary}
+        mixing: dict[str, Any] = {"mix": config.mix, "alpha": config.alpha, "rotary": config.rotary}
         self.hybrid_attn = HybridAttention(token_dim, heads, config.window, causal=causal, **mixing)
         self.has_states = config.mix != "local"
         if self.has_states:
             self.router = TokenToStateRouter(token_dim, state_dim, num_states, heads, config.top_k, config.temperature)
-            shared = {"max_states": config.max_states, "importance": self.router.importance}
+            shared: dict[str, Any] = {"max_states": config.max_states, "importance": self.router.importance}
             self.state_manager = StateManager(num_states, state_dim, **shared)
             listening = heads if config.state_attention else 0
             self.propagator = StatePropagator(state_dim, gate_type=config.gate_type, num_heads=listening)

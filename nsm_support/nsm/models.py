@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nsm_support.checks import check, check_choice, check_ends, check_sizes
 from nsm_support.models import SequenceModel, Stream, Trace
@@ -131,7 +131,7 @@ class NSM(SequenceModel):
         self._count()
         return index
 
-    def _with_states(self) -> nn.ModuleList:
+    def _with_states(self) -> Any:
         if self.config.mix == "local":
             raise ValueError("mix 'local' has no states to prune or allocate")
         return self.layers

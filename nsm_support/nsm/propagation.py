@@ -127,13 +127,13 @@ class StatePropagator(nn.Module):
         if self.gate_type == "gru":
             new, new_cell = gru_update(gates, gates_h, states), None
         else:
-            cell = states if cell is None else cell
-            new, new_cell = lstm_update(gates, gates_h, cell)
+            new, new_cell = lstm_update(gates, gates_h, states if cell is None else cell)
         if strength is None:
             return Propagated(new, new_cell)
         # s' = s + a·(update(s) − s): exactly s where nothing was written
         a = strength[..., None].to(states.dtype)
-        return Propagated(torch.lerp(states, new, a), None if new_cell is None else torch.lerp(cell, new_cell, a))
+        new = torch.lerp(states, new, a)
+        return Propagated(new, None if new_cell is None else torch.lerp(states if cell is None else cell, new_cell, a))
 
     def listen(self, states: Tensor, log_importance: Tensor | None = None) -> Tensor:
         """State-to-state attention alone (states as they are where it is left out)."""

@@ -21,6 +21,8 @@ class Importance(nn.Module):
     (a buffer, sums to 1, starts at 1/S). One `Importance` may belong to a router and a `StateManager` at once.
     """
 
+    mean_mass: Tensor
+
     def __init__(self, num_states: int, momentum: float = 0.01):
         super().__init__()
         check_sizes(self, num_states=num_states)

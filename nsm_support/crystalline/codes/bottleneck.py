@@ -102,6 +102,11 @@ class Bottleneck(nn.Module):
     `usage` [K] counts how often each code was nearest since codes were last laid.
     """
 
+    codebook: Tensor  # (K, D)
+    usage: Tensor  # (K)
+    passes: Tensor
+    _temperature: Tensor
+
     def __init__(self, dim: int, config: BottleneckConfig):
         super().__init__()
         self.dim, self.config = dim, config

@@ -134,8 +134,7 @@ class CrystallineTransformer(StreamedModel):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm, self.head = nn.LayerNorm(config.token_dim), nn.Linear(config.token_dim, config.vocab_size)
 
-    @property
-    def layers(self) -> nn.ModuleList:
+    def stack(self) -> Any:
         return self.blocks
 
     def forward(self, tokens: Tensor) -> Trace:
@@ -166,7 +165,7 @@ class CrystallineTransformer(StreamedModel):
 
     def bottlenecks(self) -> Iterator[tuple[str, Bottleneck]]:
         """Every bottleneck in forward order, under names such as "block 0, attn"."""
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.stack()):
             yield f"block {i}, attn", block.attn_bottleneck
             yield f"block {i}, mlp", block.mlp_bottleneck
 

@@ -148,11 +148,11 @@ class CrystallineRecurrent(PretrainedModel):
             ValueError: for a shape, token or code that the machines do not have.
         """
         code = self._start(tokens, start)
-        table, codes = self.tables()[0].flatten(1), []  # (E, K·V)
+        table, after = self.tables()[0].flatten(1), []  # (E, K·V)
         for token in tokens.unbind(2):
             code = table.gather(1, code * self.config.vocab_size + token)
-            codes.append(code)
-        codes = torch.stack(codes, 2)
+            after.append(code)
+        codes = torch.stack(after, 2)
         logits = self.output_logits(self.codebook)  # (E, K, C)
         said = logits.gather(1, codes.flatten(1)[..., None].expand(-1, -1, logits.shape[2]))
         return Run(codes, said.view(*codes.shape, -1))
