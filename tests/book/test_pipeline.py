@@ -430,13 +430,6 @@ def test_a_page_that_needs_another_says_how_to_get_it(built, tmp_path):
             "{glue:text}`group/first:positive_verdict:.2f`: the value",
         ),
         (
-            "book/group/first.md",
-            "count: int = 50",
-            "count: int = 5 * 10",
-            "book/group/first.md: line 21: parameters cell: the default of count has to be a literal",
-        ),
-        ("book/params/quick.yml", "{count: 5}", "{count: 5", "book/params/quick.yml: line 2: expected"),
-        (
             "book/claims.yml",
             "min_n: 3",
             "min_n: few",

@@ -26,72 +26,15 @@ EVIL = (
     "<!-- ${7*7} $(touch hit) `touch hit`; touch hit; \" + __import__('os').system('touch hit') + \" ' \\ ../../hit "
     "\u202e\x1b[31m\u2028\tü https://hit.example &lt;"
 )
-PIECES = [
-    EVIL,
-    "<b>x</b>",
-    "$x$",
-    "\\$x$",
-    "../../hit",
-    "/etc/passwd",
-    "a|b",
-    "`",
-    "'",
-    '"',
-    '"""',
-    "\n",
-    "\r\n",
-    "\0",
-    "\ud800",
-    "((",
-    "nan",
-    "inf",
-    "-1e999",
-    "1e308",
-    "None",
-    "True",
-    "true",
-    "[",
-    "]",
-    "{",
-    "}",
-    "{[]: 1}",
-    "[1, 2]",
-    "['a']",
-    "'None'",
-    "5",
-    "1_0",
-    "0x" + "f" * 5000,
-    "9" * 5000,
-    "\\N{BULLET}",
-    "__import__('os').system('touch hit')",
-    "*supported*",
-    "--profile",
-    "{glue:text}`mean`",
-    "=cmd|'/C calc'!A0",
-    "%s",
-    "{0.__class__}",
-    "!!python/object/apply:os.system [touch hit]",
-    "&a [*a]",
-    "<<: {count: 1}",
-    "!!bool maybe",
-    "!!int ''",
-    "!!timestamp x",
-    "1:1:1",
-    "2020-13-01",
-    ",",
-    "#",
-    "? [a]",
-    "---",
-    "- ",
-    ": ",
-    "- &",
-    "\ufeff",
-    "é" * 90,
-    "𝒳" * 72,
-    "page",
-    "count",
-    "group/first",
-]
+PIECES = [EVIL, "0x" + "f" * 5000, "9" * 5000, "é" * 90, "𝒳" * 72]
+PIECES += re.split(  # one of them is empty
+    "¦",
+    '¦<b>x</b>¦$x$¦\\$x$¦../../hit¦/etc/passwd¦a|b¦`¦\'¦"¦"""¦\n¦\r\n¦\x00¦\ud800¦((¦nan¦inf¦-1e999¦1e308¦None¦True'
+    "¦true¦[¦]¦{¦}¦{[]: 1}¦[1, 2]¦['a']¦'None'¦5¦1_0¦\\N{BULLET}¦__import__('os').system('touch hit')"
+    "¦*supported*¦--profile¦{glue:text}`mean`¦=cmd|'/C calc'!A0¦%s¦{0.__class__}"
+    "¦!!python/object/apply:os.system [touch hit]¦&a [*a]¦<<: {count: 1}¦!!bool maybe¦!!int ''"
+    "¦!!timestamp x¦1:1:1¦2020-13-01¦,¦#¦? [a]¦---¦- ¦: ¦- &¦\ufeff¦page¦count¦group/first",
+)
 TEXT = st.one_of(
     st.sampled_from(PIECES),
     st.text(max_size=30),
@@ -248,6 +191,8 @@ def test_ninety_thousand_runs_are_checked_in_seconds(small):
     assert time.process_time() - began < 10
 
 
+RULE = "{supported: low > 0, refuted: high < 0, min_n: 3}"
+CLAIM = f"- {{id: a, question: 'Is it?', page: group/first, metric: mean of all, rule: {RULE}}}\n"
 PAGES = "group/first: {budget: {quick: 1, full: 2}, memory: 5, makes: [a.pt]}\n"
 WRONG = [  # another text of a file of the small book, or a change in it
     ("pages.yml", "- a\n", "book/pages.yml: accepts `PAGE: {key: value}`, got ['a']"),
@@ -275,6 +220,7 @@ WRONG = [  # another text of a file of the small book, or a change in it
     ("pages.yml", PAGES.replace("makes", "needs"), "group/first: needs a.pt, which no page makes"),
     ("pages.yml", PAGES + PAGES, "book/pages.yml: line 2: key 'group/first': accepts each name once"),
     ("claims.yml", "positive: {}\n", "book/claims.yml: entry 1: unknown key 'positive'; accepted: id"),
+    ("claims.yml", CLAIM + CLAIM, "book/claims.yml: a: stands there twice"),
     ("claims.yml", "- 3\n", "entry 1: accepts the keys id, question, page, metric, rule; got 3"),
     (
         "claims.yml",
@@ -376,7 +322,7 @@ def test_the_book_is_found_above_the_working_folder(tmp_path, monkeypatch):
 
 
 def test_any_value_of_any_parameter_is_accepted_as_it_is_or_refused():
-    """3,000 values, one after the other given to a parameter of each type that the book's pages have."""
+    """A thousand values, one after the other given to a parameter of each type that the book's pages have."""
     from papermill.translators import PythonTranslator
 
     by_type = {p.type: (page, p) for page in schema.pages().values() for p in schema.parameters(page).values()}
@@ -404,8 +350,8 @@ def test_any_value_of_any_parameter_is_accepted_as_it_is_or_refused():
 
     for kind, value in itertools.product(sorted(by_type), PIECES):
         check(kind, value)
-    fuzz(3000, check, st.sampled_from(sorted(by_type)), VALUE)
-    assert len(accepted) > 600 and len(told) > 1200
+    fuzz(1000, check, st.sampled_from(sorted(by_type)), VALUE)
+    assert len(accepted) > 250 and len(told) > 700
 
 
 GOOD = {
@@ -461,7 +407,7 @@ def as_csv(rows) -> str:
 
 
 def test_any_table_of_runs_is_accepted_or_refused_in_one_line(small):
-    """2,000 tables: whole ones, wrong ones, and ones with harm put in at any place."""
+    """800 tables: whole ones, wrong ones, and ones with harm put in at any place."""
     accepted, told = [], []
 
     def check(name, text):
@@ -479,6 +425,6 @@ def test_any_table_of_runs_is_accepted_or_refused_in_one_line(small):
     for piece in PIECES:
         check("y.yml", f"page: group/first\nrows: {piece}\n")
         check("y.yml", f"page: group/first\ngrid: {{count: [1, {piece}]}}\n")
-    fuzz(1000, check, st.just("x.csv"), mutated(st.one_of(GOOD_CSV, WILD_CSV).map(as_csv)))
-    fuzz(1000, check, st.just("y.yml"), mutated(st.one_of(GOOD_YAML, WILD_YAML).map(yaml.dump)))
-    assert len(accepted) > 300 and len(told) > 800
+    fuzz(400, check, st.just("x.csv"), mutated(st.one_of(GOOD_CSV, WILD_CSV).map(as_csv)))
+    fuzz(400, check, st.just("y.yml"), mutated(st.one_of(GOOD_YAML, WILD_YAML).map(yaml.dump)))
+    assert len(accepted) > 120 and len(told) > 400
