@@ -127,7 +127,9 @@ def attach(
         if not 0 <= index < len(model.layers) or isinstance(model.layers[index], GatedHybridLayer):
             raise ValueError(f"layer {index} of {len(model.layers)} does not exist or has a sidecar: detach first")
     for index, sidecar in sidecars.items():
-        hybrid = GatedHybridLayer(model.layers[index], sidecar, gate(index), source)
+        layer = model.layers[index]
+        assert isinstance(layer, BlockFFNLayer)
+        hybrid = GatedHybridLayer(layer, sidecar, gate(index), source)
         model.layers[index] = hybrid.to(model.lm_head.weight.device).train(model.training)
 
 

@@ -92,16 +92,16 @@ class BenchmarkRun(FittedRun[nn.Module, Batch]):
     def score(self, model: nn.Module) -> Scores:
         validation = self._row(model, "validation", None, evaluate(model, self._held_out("validation", None)))
         tests = [self._row(model, "test", length, evaluate(model, self._held_out("test", length))) for length in self._lengths()]
-        return Scores([validation, *tests], {})
+        return Scores([validation, *tests])
 
     def score_untrained(self, model: nn.Module) -> Scores:
         length = self._lengths()[0]
         first = Batch(*(tensor[:EVALUATION_BATCH] for tensor in self._held_out("test", length)))
-        return Scores([self._row(model, "untrained", length, evaluate(model, first))], {})
+        return Scores([self._row(model, "untrained", length, evaluate(model, first))])
 
     def score_diverged(self, model: nn.Module, error: FloatingPointError) -> Scores:
         parts = [("validation", None), *(("test", length) for length in self._lengths())]
-        return Scores([self._row(model, part, length, Score(0, 1, math.inf)) for part, length in parts], {})
+        return Scores([self._row(model, part, length, Score(0, 1, math.inf)) for part, length in parts])
 
     def _lengths(self) -> tuple[int | None, ...]:
         return self.lengths or (None,)
@@ -195,7 +195,8 @@ def _of_width(model: str, width: Any, causal: bool, common: dict[str, Any], mach
     if model == "CNN":
         return SmallCNN(CNNConfig(channels=width, output_dim=common["output_dim"]))
     if model in BASELINES:
-        return BASELINES[model](BaselineConfig(**common, token_dim=width, causal=causal))
+        baseline: Callable[[BaselineConfig], nn.Module] = BASELINES[model]
+        return baseline(BaselineConfig(**common, token_dim=width, causal=causal))
     return NSM(NSMConfig(**(common | machine), token_dim=width[0], state_dim=width[1]))
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from nsm_support.blockffn.gates import MODES, Gate
 from nsm_support.blockffn.hybrid import GatedHybridLayer, calibrate, detach, tune
-from nsm_support.blockffn.model import BlockFFNModel
+from nsm_support.blockffn.model import BlockFFNLayer, BlockFFNModel
 from nsm_support.data import window_sampler
-from nsm_support.studies.protocol import Row, Scores, Training
+from nsm_support.studies.protocol import Row, Scores
 from nsm_support.studies.sidecars import AttachedRun, attach_all, evenly, gates_of, load_windows, score_windows
 from nsm_support.training import TrainingConfig
 
@@ -109,16 +109,16 @@ class GateRun(AttachedRun):
             gate.seed = original
         return history.records, seen
 
-    def train(self, model: BlockFFNModel) -> Training:
+    def train(self, model: BlockFFNModel) -> Scores:
         history, seen = self._tune(model, self.steps, self.own_seed) if self.steps else ([], 0)
-        return Training(history=history, tensors={"batches": seen})
+        return Scores(tensors={"batches": seen}, history=history)
 
     def score_untrained(self, model: BlockFFNModel) -> Scores:
         return self._score(model, "before")
 
     def score(self, model: BlockFFNModel) -> Scores:
         reached = self._calibrate(model)
-        scores = self._score(model, "after") if self.steps else Scores([], {})
+        scores = self._score(model, "after") if self.steps else Scores()
         thresholds = [gate.threshold.item() for gate in gates_of(model)]
         return Scores(scores.rows, {**scores.tensors, "calibrated": reached, "threshold": thresholds})
 
@@ -135,9 +135,12 @@ def layer_passes(run: GateRun, tokens: Tensor) -> dict[str, Callable[[], Tensor]
     """
     model = run.base_model()
     sidecar, layer = run.load_sidecars()[0], model.layers[0]
+    assert isinstance(layer, BlockFFNLayer)
     x = model.model.embed_tokens(tokens.to(run.setup.device)).detach() * model.config.scale_emb
     gates = {"gate": run.make_gate(0, x.shape[-1]), "sidecar": Gate("fixed", 1.0)}
-    passes = {"attention": layer} | {n: GatedHybridLayer(layer, sidecar, gate, "own").eval() for n, gate in gates.items()}
+    passes: dict[str, nn.Module] = {"attention": layer} | {
+        n: GatedHybridLayer(layer, sidecar, gate, "own").eval() for n, gate in gates.items()
+    }
     gates["gate"].calibrating = True
     with torch.no_grad():
         passes["gate"](x)

@@ -160,7 +160,7 @@ class LanguageModelRun(FittedRun[BlockFFNModel, Windows]):
         return score_chapters(model, chapters, self.window)
 
     def score_untrained(self, model: BlockFFNModel) -> Scores:
-        return Scores([], {})  # the first record of the history is of this model
+        return Scores()  # the first record of the history is of this model
 
 
 class TrainedModels(NamedTuple):

@@ -5,8 +5,9 @@ built, trained and scored. `measure` carries out one run, `measure_all` many at 
 """
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -21,19 +22,11 @@ Row = dict[str, Any]
 
 
 class Scores(NamedTuple):
-    """What a model scored: rows of a table, and by its name what fits no row, such as tensors."""
+    """What was measured: rows of a table; by its name what fits no row, such as tensors; records of a training."""
 
-    rows: list[Row]
-    tensors: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Training:
-    """What came of a training: its history, and what was scored on the way."""
-
-    history: list[Row] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    tensors: dict[str, Any] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+    tensors: Mapping[Any, Any] = MappingProxyType({})
+    history: Sequence[Row] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +64,8 @@ class Run(Generic[Network]):
         """The untrained model, on its device. `measure` has seeded the global random state."""
         raise NotImplementedError
 
-    def train(self, model: Network) -> Training:
-        """Train the model in place."""
+    def train(self, model: Network) -> Scores:
+        """Train the model in place; what is measured on the way."""
         raise NotImplementedError
 
     def score(self, model: Network) -> Scores:
@@ -114,7 +107,7 @@ class FittedRun(Run[Network], Generic[Network, Batch]):
     def before_step(self, step: int, model: Network) -> None:
         """Called before each update, for schedules."""
 
-    def train(self, model: Network) -> Training:
+    def train(self, model: Network) -> Scores:
         tensors: dict[str, list[Tensor]] = {}
 
         def record(_: nn.Module) -> dict[str, float]:
@@ -140,7 +133,8 @@ class FittedRun(Run[Network], Generic[Network, Batch]):
             evaluate=record,
             on_step=lambda step, *_: self.before_step(step, model),
         )
-        return Training(history=history.records, tensors={name: torch.stack(values) for name, values in tensors.items()})
+        stacked = {name: torch.stack(values) for name, values in tensors.items()}
+        return Scores(tensors=stacked, history=history.records)
 
 
 def measure(run: Run[Any]) -> Result:
@@ -164,16 +158,16 @@ def _measure(run: Run[Any]) -> Result:
     try:
         training = run.train(model)
     except FloatingPointError as error:
-        training, diverged = Training(), error
+        training, diverged = Scores(), error
     seconds = time.perf_counter() - start
     with evaluating(model):
         trained = run.score_diverged(model, diverged) if diverged else run.score(model)
     return Result(
         run=run,
         rows=[{**run.labels(), **row, "seconds": seconds} for row in (*untrained.rows, *training.rows, *trained.rows)],
-        history=training.history,
+        history=list(training.history),
         state={name: value.cpu() for name, value in model.state_dict().items()} if run.keeps_state else {},
-        tensors=untrained.tensors | training.tensors | trained.tensors,
+        tensors={**untrained.tensors, **training.tensors, **trained.tensors},
         seconds=seconds,
     )
 

@@ -15,7 +15,7 @@ from nsm_support.crystalline.automata import UNDEFINED, Automaton, Transducer, m
 from nsm_support.crystalline.automata.extraction import compare, vote
 from nsm_support.crystalline.recurrent.model import CrystallineRecurrent, RecurrentConfig
 from nsm_support.crystalline.recurrent.training import RecurrentTraining, train
-from nsm_support.studies.protocol import Row, Run, Scores, Training
+from nsm_support.studies.protocol import Row, Run, Scores
 
 TEST_SEED = 2**40
 CLUSTERED = 500  #: strings whose states are clustered, where there are no codes
@@ -67,8 +67,8 @@ class RecurrentRun(Run[SeededMachines]):
     def build(self) -> SeededMachines:
         return build_machines(self.true_machine(), self.num_codes, self.seeds).to(self.device)
 
-    def train(self, model: SeededMachines) -> Training:
-        return Training(tensors=train(model, self.true_machine(), model.generators, self.training)._asdict())
+    def train(self, model: SeededMachines) -> Scores:
+        return Scores(tensors=train(model, self.true_machine(), model.generators, self.training)._asdict())
 
     def score(self, model: SeededMachines) -> Scores:
         machine, generator = self.true_machine(), Generator().manual_seed(self.seed)
@@ -89,10 +89,10 @@ class RecurrentRun(Run[SeededMachines]):
             {"seed": seed, **compare(automaton, machine)._asdict(), **dict(zip(names, shares, strict=True))}
             for seed, automaton, *shares in zip(self.seeds, automata, *accuracies, strict=True)
         ]
-        return Scores(rows, {})
+        return Scores(rows)
 
     def score_untrained(self, model: SeededMachines) -> Scores:
-        return Scores([], {})
+        return Scores()
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from nsm_support.blockffn.model import BlockFFNModel
 from nsm_support.corpus import load_corpus
 from nsm_support.data import window_sampler
 from nsm_support.studies.language_model import TrainedModels, load_trained
-from nsm_support.studies.protocol import Network, Row, Run, Scores, Training
+from nsm_support.studies.protocol import Network, Row, Run, Scores
 from nsm_support.training import TrainingConfig, evaluating, load_model, save_model
 
 Sidecars = dict[int, MambaSidecar]
@@ -213,7 +213,7 @@ class SidecarRun(HybridRun[nn.ModuleDict]):
             steps=steps, batch_size=self.batch_size, learning_rate=learning_rate, seed=self.own_seed, evaluation_interval=interval
         )
 
-    def train(self, model: nn.ModuleDict) -> Training:
+    def train(self, model: nn.ModuleDict) -> Scores:
         base, text = self.base_model(), load_windows(self.setup)
         sidecars, sample = sidecars_in(model), window_sampler(text.stream, self.setup.window)
         plan = self._plan(self.distil_steps, self.learning_rate, max(1, self.distil_steps // 8))
@@ -230,13 +230,13 @@ class SidecarRun(HybridRun[nn.ModuleDict]):
 
         tune(base, sample_and_mix, self._plan(self.tune_steps, self.learning_rate / 3, 100))
         detach(base)
-        return Training(history=history.records, rows=distilled)
+        return Scores(distilled, history=history.records)
 
     def score(self, model: nn.ModuleDict) -> Scores:
-        return Scores(self._errors(model, "tuned"), {})
+        return Scores(self._errors(model, "tuned"))
 
     def score_untrained(self, model: nn.ModuleDict) -> Scores:
-        return Scores(self._errors(model, "untrained"), {})
+        return Scores(self._errors(model, "untrained"))
 
     def _errors(self, model: nn.ModuleDict, kind: str) -> list[Row]:
         tokens = evenly(load_windows(self.setup).test, ROWS)[:, 0, :-1]
@@ -284,11 +284,11 @@ class SweepRun(AttachedRun):
     def build(self) -> BlockFFNModel:
         return self.base_model()
 
-    def train(self, model: BlockFFNModel) -> Training:
-        return Training()
+    def train(self, model: BlockFFNModel) -> Scores:
+        return Scores()
 
     def score_untrained(self, model: BlockFFNModel) -> Scores:
-        return Scores([], {"baseline": score_windows(model, load_windows(self.setup).test).nats})
+        return Scores(tensors={"baseline": score_windows(model, load_windows(self.setup).test).nats})
 
     def score(self, model: BlockFFNModel) -> Scores:
         trained, test = self.load_sidecars(), load_windows(self.setup).test

@@ -20,7 +20,7 @@ from nsm_support.blockffn.signals import RoutingExtractor
 from nsm_support.statistics import CONFIDENCE
 from nsm_support.training import evaluating
 
-_LISTED = """
+_FUNCTION_WORDS = """
     a an the and but or nor for so yet if because that than as when while though lest not no also even
     i me my mine we us our ours thou thee thy thine ye you your yours he him his she her hers it its they them their
     theirs this these those who whom whose which what all any every each some such both either neither other himself
@@ -29,7 +29,7 @@ _LISTED = """
     am is are was were be been being art wast do does did doth hath has have had having shall shalt should will wilt
     would may might can could let
 """
-FUNCTION_WORDS = frozenset(_LISTED.split())  #: articles, conjunctions, particles; pronouns; prepositions; auxiliaries
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())  #: articles, conjunctions, particles; pronouns; prepositions; auxiliaries
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
@@ -43,14 +43,14 @@ class Sample(NamedTuple):
 
 def observe(model: BlockFFNModel, windows: Tensor, batch_size: int = 16) -> Sample:
     """Run a model on windows [B,T+1], each by itself: how it routes the first T tokens, and what the next ones cost it."""
-    heard, losses = [], []
+    recorded, losses = [], []
     with RoutingExtractor(model) as extractor:
         for rows in windows.split(batch_size):
-            heard.append(extractor(rows[:, :-1]).cpu())
+            recorded.append(extractor(rows[:, :-1]).cpu())
     with evaluating(model):
         for rows in windows.split(batch_size):
             losses.append(_losses(model, rows).cpu())
-    activations = torch.cat(heard, 1)
+    activations = torch.cat(recorded, 1)
     return Sample(activations, token_sparsity(activations).double(), torch.cat(losses))
 
 
@@ -68,10 +68,11 @@ def hidden_from_later(model: BlockFFNModel, places: Tensor) -> Iterator[None]:
         hidden = (t == places[:, None, None]) & (t[:, None] > places[:, None, None])  # (B, query, key)
         seen = (t <= t[:, None]) & ~hidden
         k, v = attention.keys_values(x)
-        heard = F.scaled_dot_product_attention(attention.queries(x, t), k, v, seen[:, None], enable_gqa=True)
-        return attention.o_proj(heard.transpose(1, 2).flatten(-2))
+        attended = F.scaled_dot_product_attention(attention.queries(x, t), k, v, seen[:, None], enable_gqa=True)
+        return attention.o_proj(attended.transpose(1, 2).flatten(-2))
 
-    hooks = [layer.self_attn.register_forward_hook(without) for layer in model.layers]
+    attentions = [module for module in model.modules() if isinstance(module, CausalAttention)]
+    hooks = [attention.register_forward_hook(without) for attention in attentions]
     try:
         yield
     finally:

@@ -180,9 +180,9 @@ def test_codes_are_laid_on_inputs_when_the_time_comes_and_not_before():
         x = centres.repeat(8, 1) + 0.01 * draw(32, 6, seed=number)
         output, _ = module(x)
         if number < 3:
-            assert torch.equal(output, x) and not module.laid
+            assert torch.equal(output, x) and not module.initialised
         else:
-            assert module.laid and not torch.equal(output, x)
+            assert module.initialised and not torch.equal(output, x)
             near = F.cosine_similarity(module.codebook[:, None], centres, dim=-1)
             assert sorted(near.argmax(1).tolist()) == [0, 1, 2, 3] and near.amax(1).min() > 0.999
         assert not torch.equal(module.codebook, before)

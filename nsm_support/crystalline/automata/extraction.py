@@ -150,8 +150,8 @@ def compare(learned: Automaton | Transducer, true: Automaton | Transducer) -> Ve
     def differ(pair: tuple[int, int]) -> bool:
         if pair[0] == UNDEFINED:
             return True
-        said, wanted = (output[state] for output, state in zip(outputs, pair, strict=True))
-        return said != wanted and UNASKED not in (said, wanted)
+        learned, wanted = (output[state] for output, state in zip(outputs, pair, strict=True))
+        return learned != wanted and UNASKED not in (learned, wanted)
 
     while queue:
         pair = queue.popleft()
@@ -175,11 +175,11 @@ def run(automaton: Automaton | Transducer, tokens: Tensor) -> tuple[Tensor, Tens
     if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < vocabulary:
         raise ValueError(f"run: tokens from {int(tokens.min())} to {int(tokens.max())}; 0 to {vocabulary - 1} are accepted")
     table = torch.cat([transition, torch.full((1, vocabulary), UNDEFINED)])  # row −1: once undefined, always
-    state, visited = torch.full((len(tokens),), start), []
+    state, states = torch.full((len(tokens),), start), []
     for token in tokens.T:
         state = table[state, token]
-        visited.append(state)
-    visited = torch.stack(visited, 1)
+        states.append(state)
+    visited = torch.stack(states, 1)
     return visited, torch.cat([output, torch.tensor([UNDEFINED])])[visited]
 
 
@@ -214,16 +214,16 @@ def vote(codes: Tensor, tokens: Tensor, outputs: Tensor, num_codes: int, vocab_s
     before = torch.cat([torch.full_like(codes[:, :1], num_codes), codes[:, :-1]], 1)
     cells = (num_codes + 1) * vocab_size
     steps = _counts(before * vocab_size + tokens, codes, cells, num_codes).view(num_codes + 1, vocab_size, num_codes)
-    said = _counts(codes, outputs, num_codes, int(outputs.max()) + 1)
-    (votes, transition), (output_votes, output) = steps.max(2), said.max(1)
+    emitted = _counts(codes, outputs, num_codes, int(outputs.max()) + 1)
+    (votes, transition), (output_votes, output) = steps.max(2), emitted.max(1)
     seen = steps.sum(2)
-    observed = torch.cat([said.sum(1) > 0, torch.tensor([True])])
+    observed = torch.cat([emitted.sum(1) > 0, torch.tensor([True])])
     automaton = Automaton(
         num_codes,
         transition.masked_fill(seen == 0, UNDEFINED),
         torch.cat([output.masked_fill(~observed[:-1], UNASKED), torch.tensor([UNASKED])]),
     )
-    agreement, output_agreement = (votes.sum() / seen.sum()).item(), (output_votes.sum() / said.sum()).item()
+    agreement, output_agreement = (votes.sum() / seen.sum()).item(), (output_votes.sum() / emitted.sum()).item()
     return Vote(automaton, agreement, output_agreement, observed[:, None] & (seen == 0))
 
 

@@ -1,10 +1,10 @@
-"""Machines that make strings of their own: the original notebook's FSM, one whose tokens are shared by states, and TokFSM."""
+"""Machines that make strings of their own: two FSMs, whose states own or share their tokens, and TokFSM."""
 
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class TableMachine(HiddenMarkovModel):
 
 
 class FiniteStateMachine(TableMachine):
-    """The original notebook's machine: state i owns the tokens i·m … i·m+m−1, so that a token tells the state that emitted it.
+    """State i owns the tokens i·m … i·m+m−1, so that a token tells the state that emitted it.
 
     The start is uniform; the table is drawn, row by row, from Python's `random.Random(config.seed)`. As no token is
     shared, a bigram table already predicts as well as can be: accuracy 1/m, cross-entropy ln m.
@@ -115,7 +115,7 @@ class AmbiguousFSM(TableMachine):
     Each state has m tokens, no two states the same set, so that no two predict alike. The j-th token of every state leads
     by the j-th of m permutations of the states, of which the first is one cycle: all states are visited, in the long run
     equally often. The start is state 0, so that the tokens decide the state, and the optimum is accuracy 1/m and
-    cross-entropy ln m, as with the original's machine; but no table of the last few tokens reaches it.
+    cross-entropy ln m, as with `FiniteStateMachine`; but no table of the last few tokens reaches it.
 
     Raises:
         ValueError: if there are too few sets of tokens, or so many tokens that none has to be shared.
@@ -135,7 +135,7 @@ class AmbiguousFSM(TableMachine):
             sets.setdefault(frozenset(tokens), tokens)
         cycle = table.sample(range(states), states)
         following = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
-        permutations = [following, *(table.sample(range(states), states) for _ in range(owned - 1))]
+        permutations: list[Any] = [following, *(table.sample(range(states), states) for _ in range(owned - 1))]
         transition = torch.full((states, vocabulary), UNDEFINED)
         for state, tokens in enumerate(sets.values()):
             for token, permutation in zip(tokens, permutations, strict=True):

@@ -6,8 +6,7 @@ Letters: S states, V tokens, C classes of a target, E edges of a process, B stri
 from typing import NamedTuple
 
 import torch
-from torch import Generator as Random
-from torch import Tensor
+from torch import Generator, Tensor
 
 from nsm_support.checks import check_sizes
 
@@ -89,18 +88,18 @@ class Process:
             total, state = total + state, state @ matrix
         return total / length
 
-    def walk(self, generator: Random | None, batch_size: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def walk(self, generator: Generator | None, batch_size: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draw strings: tokens, the states that emitted them, the states that they led to, int64 [B, T] each.
 
         All randomness comes from the generator; None is torch's global one.
         """
         check_sizes("walk", batch_size=batch_size, length=length)
         drawn = torch.rand(length + 1, batch_size, 1, dtype=torch.float64, generator=generator)
-        state, edges = (self._start <= drawn[0]).sum(1), []
+        state, chosen = (self._start <= drawn[0]).sum(1), []
         for level in drawn[1:]:
-            edges.append(self._edges[state, (self._cumulative[state] <= level).sum(1)])
-            state = self.target[edges[-1]]
-        edges = torch.stack(edges, 1)  # (B, T)
+            chosen.append(self._edges[state, (self._cumulative[state] <= level).sum(1)])
+            state = self.target[chosen[-1]]
+        edges = torch.stack(chosen, 1)  # (B, T)
         return self.token[edges], self.source[edges], self.target[edges]
 
 
@@ -116,7 +115,7 @@ class Machine:
         """The hidden Markov process that strings of a length are drawn from."""
         raise NotImplementedError
 
-    def sample_batch(self, generator: Random | None, batch_size: int, length: int) -> Sample:
+    def sample_batch(self, generator: Generator | None, batch_size: int, length: int) -> Sample:
         """Strings [batch_size, length] with targets and states; all randomness comes from the generator.
 
         Raises:

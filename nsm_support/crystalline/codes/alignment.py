@@ -33,7 +33,7 @@ class Alignment(NamedTuple):
     majority: float  # share of the commonest state: the purity of codes that know nothing
     null: float  # mean purity if the states belonged to other sequences
     null_p: float  # how often such a purity reaches this one; at least 1/(permutations + 1)
-    seed_purity: float  # the original notebook's purity, see `seed_purity`
+    seed_purity: float  # mean of the codes' own purities, see `seed_purity`
     active_codes: int  # codes that were active at least once
     perplexity: float  # exp of the entropy of the codes' shares of use: 1 (one code) to K (all alike)
     homogeneity: float  # 1 − H(state | code set)/H(state)
@@ -68,13 +68,13 @@ def contingency(hard_codes: Tensor, states: Tensor, num_states: int) -> Tensor:
 
 
 def contingency_reference(hard_codes: Tensor, states: Tensor, num_states: int) -> Tensor:
-    """The definition of `contingency`, position by position and code by code, as the original notebook wrote it."""
+    """The definition of `contingency`, position by position and code by code."""
     counts = torch.zeros(hard_codes.shape[-1], num_states, dtype=torch.int64)
     for i in range(hard_codes.shape[0]):
         for j in range(hard_codes.shape[1]):
-            state = states[i, j].item()
-            for code in (hard_codes[i, j] > 0.5).nonzero(as_tuple=True)[0]:
-                counts[code.item(), state] += 1
+            state = int(states[i, j])
+            for code in (hard_codes[i, j] > 0.5).nonzero()[:, 0].tolist():
+                counts[code, state] += 1
     return counts
 
 
@@ -124,7 +124,7 @@ def purity(counts: Tensor, labels: Tensor | None = None) -> float:
 
 
 def seed_purity(counts: Tensor) -> float:
-    """1/K Σ_k max_s N_ks / Σ_s N_ks: the purity of the original notebook. Every code counts alike, a dead one as zero.
+    """1/K Σ_k max_s N_ks / Σ_s N_ks: every code counts alike, a dead one as zero.
 
     It stands here for comparison only. A code used once is pure by necessity and counts as much as one used a thousand
     times, and codes that were never used pull the mean down: it has no chance level of its own.
@@ -134,7 +134,7 @@ def seed_purity(counts: Tensor) -> float:
 
 
 def compute_state_code_alignment(hard_codes: Tensor, states: Tensor, num_states: int) -> dict[str, Any]:
-    """What the original notebook's cells read: `purity` (its own, see `seed_purity`), `active_codes`, and what they were made of.
+    """A short summary: `purity` (as `seed_purity`), `active_codes`, and what they were made of.
 
     Beside these `code_state_counts` [K,S], `dominant_states` [K] (here NO_STATE for a dead code), `weighted_purity` and
     `majority_share`, with which a purity has to be compared. `align` measures more.

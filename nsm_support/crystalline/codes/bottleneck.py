@@ -4,7 +4,7 @@ Letters: N tokens (all leading axes in one), D width, K codes, k codes chosen fo
 
 The codebook is that of the vector-quantised autoencoder (van den Oord et al. 2017, arXiv:1711.00937): gradients pass the
 choice as if it were the identity (section 3.2), and codes follow the inputs that choose them (appendix A.1). Codes are
-compared by cosine (Yu et al. 2022, arXiv:2110.04627, section 3.2), and are laid on inputs once the network around them
+compared by cosine (Yu et al. 2022, arXiv:2110.04627, section 3.2), and are initialised from inputs once the network around them
 has learned something (Łańcucki et al. 2020, arXiv:2005.08520, section III).
 """
 
@@ -22,8 +22,8 @@ from nsm_support.crystalline.codes.schedules import Schedule, check_schedule
 
 DECAY = 0.9  #: what a code keeps of itself in an update; the rest is the mean of the inputs nearest to it
 DEAD = 0.01  #: a code that is nearest less often than this share of the average is dead
-FAR = 0.02  #: a code is laid only on an input whose distance 1 − cos to the nearest code is above this
-CANDIDATES = 8  #: inputs tried for each code that is laid
+FAR = 0.02  #: a code is initialised only from an input whose distance 1 − cos to the nearest code is above this
+CANDIDATES = 8  #: inputs tried for each code that is initialised
 LEARNED_RATE = 10.0  #: a learned temperature is exp(10 θ), since Adam moves any θ by about the learning rate a step
 
 
@@ -81,7 +81,7 @@ class BottleneckConfig:
     temp_min: float = 0.1  #: τ at its end
     schedule: Schedule = "linear"  #: how τ goes from one to the other
     scale_init: float = 10.0  #: s at the start; it is learned
-    lay_every: int = 100  #: training passes after which dead codes are laid anew; before the first time there are none
+    lay_every: int = 100  #: training passes after which dead codes are re-initialised; before the first time there are none
 
     def __post_init__(self) -> None:
         check_sizes(self, "num_codes_k", "codebook_size", "lay_every")
@@ -96,10 +96,10 @@ class Bottleneck(nn.Module):
 
     The noise g is there in training alone. Gradients pass to x as if y were x. The codes are no parameters: in training
     each goes a tenth of the way to the mean of the inputs nearest to it. After every `lay_every` training passes, codes
-    that were nearest to (almost) nothing are laid on inputs far from the others. At the first time that is all of them;
-    before it a training pass hands x on as it is, and evaluation meets random codes.
+    that were nearest to (almost) nothing are re-initialised from inputs far from the others. At the first time that is all
+    of them; before it a training pass hands x on as it is, and evaluation meets random codes.
 
-    `usage` [K] counts how often each code was nearest since codes were last laid.
+    `usage` [K] counts how often each code was nearest since the last re-initialisation.
     """
 
     codebook: Tensor  # (K, D)
@@ -143,7 +143,7 @@ class Bottleneck(nn.Module):
         check_shape(self, "x", x, "... D", D=self.dim)
         flat, k, K = x.flatten(0, -2), self.config.num_codes_k, self.config.codebook_size
         if self.training:
-            self._lay(flat)
+            self._initialise(flat)
         logits = self.logits(flat)  # (N, K)
         soft = logits.softmax(-1)
         noisy = logits.detach()
@@ -154,7 +154,7 @@ class Bottleneck(nn.Module):
         indices = choose(noisy, k)  # (N, k)
         output = F.embedding_bag(indices, self.codebook, mode="mean")
         if self.training:
-            output = straight_through(output, self._relaxed(flat, noisy)) if self.laid else flat
+            output = straight_through(output, self._relaxed(flat, noisy)) if self.initialised else flat
         output = output.view_as(x)
         soft = soft.unflatten(0, x.shape[:-1])
         hard = torch.zeros_like(soft).scatter_(-1, indices.view(*x.shape[:-1], k), 1.0)
@@ -162,7 +162,7 @@ class Bottleneck(nn.Module):
         return output, {"soft_codes": soft, "hard_codes": hard, "entropy": entropy, "input": x, "output": output}
 
     @property
-    def laid(self) -> bool:
+    def initialised(self) -> bool:
         """Whether the codes lie on inputs, so that training passes go through them."""
         return bool(self.passes >= self.config.lay_every)
 
@@ -183,8 +183,8 @@ class Bottleneck(nn.Module):
         return x if self.log_temperature is None else x + noisy.softmax(-1) @ self.codebook.clone()
 
     @torch.no_grad()
-    def _lay(self, x: Tensor) -> None:
-        """Count a training pass over x [N, D], and lay dead codes on some of it when it is time."""
+    def _initialise(self, x: Tensor) -> None:
+        """Count a training pass over x [N, D], and initialise dead codes from some of it when it is time."""
         self.passes += 1
         if self.passes % self.config.lay_every == 0:
             dead = self.usage < DEAD * self.usage.mean()

@@ -2,8 +2,8 @@
 
 Two things make the training work where plain gradients stop half-way. **Self-paced length**: each machine begins with
 short strings and gets one token more whenever an update's loss is low enough (a curriculum of growing strings: Zaremba and
-Sutskever 2014, arXiv:1410.4615, where the clock sets the pace). **Revival**: a code that is not used is laid, with noise,
-on a used code that leaves the outputs undecided, as two states may share it. Neither looks at the true machine's states.
+Sutskever 2014, arXiv:1410.4615, where the clock sets the pace). **Revival**: a code that is not used is re-initialised, with
+noise, from a used code that leaves the outputs undecided, as two states may share it. Neither looks at the true machine's states.
 """
 
 import math
@@ -23,7 +23,7 @@ from nsm_support.training import TrainingConfig, learning_rate_at
 STREAM = 32  #: batches drawn at once
 DEAD = 0.1  #: a code with less than this share of the average use may be revived
 REVIVED = 4  #: at most so many at once
-NOISE = 0.5  #: length of the noise on a revived code, over the length of the code that it is laid on
+NOISE = 0.5  #: length of the noise on a revived code, over the length of the code that it is copied from
 SETTLED = 0.8  #: share of the training after which no code is revived
 UNDECIDED = 0.01  #: nats; if this and the next output are less undecided on average, no code is revived
 
@@ -56,7 +56,7 @@ class History(NamedTuple):
     nats: Tensor  # (R, E): loss per output in the next batch
     lengths: Tensor  # (R, E): tokens of the machine's strings
     entropy: Tensor  # (R, E): of P(next code | code, token) where strings lead, over ln K; NaN without codes
-    revived: Tensor  # (R, E): codes laid anew so far
+    revived: Tensor  # (R, E): codes re-initialised so far
     transition: Tensor  # (R, E, K, V): the hard machines
     output: Tensor  # (R, E, K)
 
@@ -154,7 +154,7 @@ def _entropy(model: CrystallineRecurrent, mass: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def revive(model: CrystallineRecurrent, usage: Tensor, generators: Sequence[Generator], optimizer: Adam) -> Tensor:
-    """Lay dead codes beside used ones that leave the outputs undecided, with noise; how many, int64 [E].
+    """Re-initialise dead codes near used ones that leave the outputs undecided, with noise; how many, int64 [E].
 
     A code is drawn with the probability of its use times the entropy of its output and of the next one: in a
     deterministic machine both are 0, so that such a code stands for several states, and a second one can take over some.

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 from matplotlib.colors import Normalize
 
-from nsm_support.blockffn.drawing import LINE, write_text
+from nsm_support.figures.text import LINE, write_text
 
 
 def drawn(words, values):
