@@ -6,7 +6,8 @@ from typing import Any
 from nbformat import NotebookNode
 
 from nsm_book.html_safety import find_script
-from nsm_book.schema import Page, brief, claims_of
+from nsm_book.schema import Page, claims_of
+from nsm_book.strict import brief
 from nsm_support.results import GLUE_MIME, verdict
 
 GLUE_ROLE = re.compile(r"\{glue:\w*\}`([^`:]+)(?::[^`]*)?`")

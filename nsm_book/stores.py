@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from nsm_book import BookError
 from nsm_book.fingerprint import checksum
-from nsm_book.schema import BUILD, PROFILES, one_line, unknown
+from nsm_book.schema import BUILD, PROFILES
+from nsm_book.strict import one_line, unknown
 from nsm_book.sweep_table import sweeps
 
 ACCEPTED = "a profile, a sweep, a results.json, a .parquet file that this book wrote, or a folder of runs"

@@ -16,7 +16,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, Field
 
 from nsm_book import BookError, schema
-from nsm_book.schema import Entry, Page, Profile, brief, check_parameters, one_line, unknown
+from nsm_book.schema import Page, Profile, check_parameters
+from nsm_book.strict import Entry, brief, one_line, unknown, validate
 
 MOST = 100_000  # runs of one sweep
 FACTS = ("seconds", "peak_memory_mb", "device", "commit", "date")  # of a run, repeated in its row of the sweep's results
@@ -113,7 +114,7 @@ def read_sweep(name: str) -> Sweep:
     if name not in sweeps():
         raise BookError(unknown("sweep", name, sweeps()))
     file = f"sweeps/{name}.yml"
-    table = schema.validate(SweepFile, schema.read_yaml(file), f"book/{file}")
+    table = validate(SweepFile, schema.read_yaml(file), f"book/{file}")
     try:
         page = schema.page(table.page)
         base = schema.profile_parameters(page, table.profile)
