@@ -19,44 +19,19 @@ from nsm_support.training import CheckpointError
 ROOT = Path(__file__).parents[2]
 
 # The fields as the published conversion writes them (thunlp/BlockFFN, pretrain/convert_bmt_to_hf.py).
-COMMON = {
-    "architectures": ["MiniCPMForCausalLM"],
-    "model_type": "minicpm",
-    "torch_dtype": "bfloat16",
-    "vocab_size": 19,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "ffn_type": "block_linear",
-    "hidden_act": "silu",
-    "router_act": "relu",
-    "num_experts": 5,
-    "expert_size": 3,
-    "norm_after_router": "rms",
-    "norm_scale": 1.0,
-    "rms_norm_eps": 1e-05,
-    "scale_emb": 12,
-    "scale_depth": 1.4,
-    "dim_model_base": 8,
-    "tie_word_embeddings": False,
-    "rope_theta": 500.0,
-    "max_position_embeddings": 4096,
-    "block_implementation": "torch",
-    "use_cache": True,
-    "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
-}
-KINDS = {
-    "vanilla": {"attention_type": "vanilla", "num_key_value_heads": 2},
-    "mla": {
-        "attention_type": "mla",
-        "num_key_value_heads": 4,
-        "q_lora_rank": 10,
-        "kv_lora_rank": 7,
-        "qk_nope_head_dim": 5,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-    },
-}
+COMMON = json.loads("""
+    {"architectures": ["MiniCPMForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_minicpm.MiniCPMForCausalLM"},
+    "model_type": "minicpm", "torch_dtype": "bfloat16", "vocab_size": 19, "hidden_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "ffn_type": "block_linear", "hidden_act": "silu", "router_act": "relu", "num_experts": 5,
+    "expert_size": 3, "norm_after_router": "rms", "norm_scale": 1.0, "rms_norm_eps": 1e-05, "scale_emb": 12, "scale_depth": 1.4,
+    "dim_model_base": 8, "tie_word_embeddings": false, "rope_theta": 500.0, "max_position_embeddings": 4096,
+    "block_implementation": "torch", "use_cache": true}
+""")
+KINDS = json.loads("""
+    {"vanilla": {"attention_type": "vanilla", "num_key_value_heads": 2},
+    "mla": {"attention_type": "mla", "num_key_value_heads": 4, "q_lora_rank": 10, "kv_lora_rank": 7, "qk_nope_head_dim": 5,
+        "qk_rope_head_dim": 4, "v_head_dim": 6}}
+""")
 
 
 def tensors(config, seed=0):
@@ -308,23 +283,11 @@ def test_silent_fields_mean_what_the_published_class_means(tmp_path):
         read_config(write(tmp_path, config, {"x": torch.ones(1)}))
     read = read_config(write(tmp_path, config | {"ffn_type": "block"}, {"x": torch.ones(1)}))
     # thunlp/BlockFFN, pretrain/bmt_to_hf/configuration_minicpm.py
-    published = {
-        "attention_type": "vanilla",
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 32,
-        "q_lora_rank": 768,
-        "kv_lora_rank": 256,
-        "num_experts": 40,
-        "expert_size": 128,
-        "norm_after_router": "sum",
-        "norm_scale": 1,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10_000,
-        "scale_emb": 1,
-        "scale_depth": 1,
-        "dim_model_base": 1,
-        "tie_word_embeddings": True,
-    }
+    published = json.loads("""
+        {"attention_type": "vanilla", "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "q_lora_rank": 768, "kv_lora_rank": 256,
+        "num_experts": 40, "expert_size": 128, "norm_after_router": "sum", "norm_scale": 1, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000, "scale_emb": 1, "scale_depth": 1, "dim_model_base": 1, "tie_word_embeddings": true}
+    """)
     assert {name: getattr(read, name) for name in published} == published and read.key_value_heads == 4
 
 

@@ -178,11 +178,3 @@ class TestInBrowser:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         found = Axe().run(page).response["violations"]
         assert not [f"{v['id']}: {n['html'][:200]}" for v in found for n in v["nodes"]]
-
-    def test_a_page_without_a_stepper_is_left_alone(self, chromium, tmp_path):
-        (tmp_path / "light.html").write_text(f"<p>nothing</p><script>{(STATIC / 'automata.js').read_text()}</script>")
-        page, complaints = chromium.new_page(), []
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text))
-        page.goto((tmp_path / "light.html").as_uri())
-        assert complaints == [] and page.locator("body > *").count() == 2

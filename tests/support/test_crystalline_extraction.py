@@ -226,13 +226,6 @@ def test_undefined_cells():
     assert len(minimise(Automaton(0, torch.tensor([[1], [UNDEFINED]]), torch.tensor([0, 0]))).output) == 2
 
 
-def test_run_equals_reading_one_token_after_the_other():
-    automaton = drawn(5, 7, 3, 4)
-    tokens = torch.randint(3, (20, 15), generator=random())
-    outputs = run(automaton, tokens)[1]
-    assert outputs.tolist() == [[answer(automaton, row[: t + 1]) for t in range(15)] for row in tokens.tolist()]
-
-
 # Votes ---------------------------------------------------------------------------------------------------------------
 
 

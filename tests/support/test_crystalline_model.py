@@ -250,6 +250,7 @@ def test_shape_errors():
         build()(tokens()[0])
 
 
+@pytest.mark.slow
 def test_cells_of_seed_003_run_with_other_imports(capsys):
     """The seed notebook's code cells as they stand, but for its imports, its plots of curves, and fewer steps."""
     NUM_STATES = 8

@@ -30,6 +30,7 @@ def test_the_first_error_ends_the_call_and_the_next_call_works():
     assert run_all(math.factorial, [3]) == [6]
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_workers_without_a_word_and_the_next_call_gets_new_ones():
     code = """
 import math, time
@@ -56,6 +57,7 @@ except (KeyboardInterrupt, BrokenProcessPool):  # the workers' end may be notice
     assert process.communicate(timeout=60) == ("[6]\n", "")
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_process_that_was_killed():
     code = (
         "import os, time; from nsm_support import workers; pool = workers._pool(2);"
