@@ -78,16 +78,8 @@ class StreamingModel(Model, Protocol):
 class LanguageModel(StreamingModel, Protocol):
     """Predicts the next of V tokens at every place."""
 
-    def generate(
-        self,
-        prompt: Tensor,
-        length: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """The prompt [B,T] and `length` tokens more [B,T+length]."""
+    def generate(self, prompt: Tensor, length: int, **options: Any) -> Tensor:
+        """The prompt [B,T] and `length` tokens more [B,T+length], as `StreamedModel.generate` says."""
 
 
 class PretrainedModel(nn.Module):
@@ -162,8 +154,10 @@ class PretrainedModel(nn.Module):
 
 
 class StreamedModel(PretrainedModel):
-    """`start`, `prefill`, `step` and `generate`, for a stack of layers that each have the first three.
+    """`start`, `prefill`, `step` and `generate`, for a stack of layers that have `start` and `go_on`.
 
+    `layer.go_on(tokens, memory)` takes the first tokens [B,T,D] of a stream, or the next one [B,1,D], and what the layer
+    remembers; it gives the tokens that come out, and what to remember then.
     A subclass says whether it is `causal`, which layers it has (`stack`), how tokens come in (`_embed`) and how outputs go
     out (`_conclude`).
     """
@@ -188,28 +182,26 @@ class StreamedModel(PretrainedModel):
         check(self, self.causal, "True: a stream sees no later token", "causal")
         return Stream(tuple(layer.start(batch_size) for layer in self.stack()), 0)
 
-    @torch.no_grad()
     def prefill(self, inputs: Tensor) -> tuple[Tensor, Stream]:
         """The first T tokens at once → outputs as from a full pass, and the stream after them."""
-        tokens, stream, layers = self._embed(inputs), self.start(len(inputs)), []
-        for layer in self.stack():
-            tokens, memory = layer.prefill(tokens)
-            layers.append(memory)
-        return self._conclude(tokens, stream._replace(layers=tuple(layers), position=inputs.shape[1]))
+        return self._go_on(inputs, self.start(len(inputs)))
 
-    @torch.no_grad()
     def step(self, inputs: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
         """The next token of each sequence ([B] or [B,input_dim]) → outputs [B,C] at its place, and the stream after it.
 
         Equals the full pass over the sequence so far.
         """
-        tokens, layers = self._embed(inputs[:, None], stream.position)[:, 0], []
+        outputs, stream = self._go_on(inputs[:, None], stream)
+        return outputs if outputs.dim() == 2 else outputs[:, 0], stream
+
+    @torch.no_grad()
+    def _go_on(self, inputs: Tensor, stream: Stream) -> tuple[Tensor, Stream]:
+        tokens, layers = self._embed(inputs, stream.position), []
         for layer, memory in zip(self.stack(), stream.layers, strict=True):
-            tokens, memory = layer.step(tokens, memory)
+            tokens, memory = layer.go_on(tokens, memory)
             layers.append(memory)
-        after = stream._replace(layers=tuple(layers), position=stream.position + 1)
-        outputs, after = self._conclude(tokens[:, None], after)
-        return outputs if outputs.dim() == 2 else outputs[:, 0], after
+        position = stream.position + inputs.shape[1]
+        return self._conclude(tokens, stream._replace(layers=tuple(layers), position=position))
 
     def generate(
         self,

@@ -135,14 +135,9 @@ class BlockFFNLayer(nn.Module):
     def start(self, batch_size: int) -> Cache:
         return self.self_attn.start(batch_size)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, Cache]:
-        mixed, cache = self.self_attn.go_on(self.input_layernorm(x), self.start(len(x)))
-        return self.finish(x, mixed)[0], cache
-
-    def step(self, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        x = x[:, None]  # (B, 1, D)
+    def go_on(self, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         mixed, cache = self.self_attn.go_on(self.input_layernorm(x), cache)
-        return self.finish(x, mixed)[0][:, 0], cache
+        return self.finish(x, mixed)[0], cache
 
     def finish(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Routed | None]:
         """What follows the mixing of tokens: the residual around it, and the FFN with its own."""

@@ -48,7 +48,7 @@ class BaselineConfig:
 
 
 class Baseline(SequenceModel):
-    """The ends of every baseline. A layer has `forward(tokens, mask)`, `start`, `prefill` and `step`."""
+    """The ends of every baseline. A layer has `forward(tokens, mask)`, `start` and `go_on`."""
 
     Config = BaselineConfig
 
@@ -110,14 +110,9 @@ class TransformerLayer(nn.Module):
         D = self.out.in_features
         return Cache.empty(self.out.weight, batch_size, self.num_heads, D // self.num_heads)
 
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, Cache]:
-        heard, cache = self.start(len(tokens)).attend(*self._project(tokens))
-        return self._finish(tokens, heard), cache
-
-    def step(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        tokens = tokens[:, None]  # (B, 1, D)
+    def go_on(self, tokens: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         heard, cache = cache.attend(*self._project(tokens, cache.length))
-        return self._finish(tokens, heard)[:, 0], cache
+        return self._finish(tokens, heard), cache
 
     def _project(self, tokens: Tensor, start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values [B,H,T,K], of tokens [B,T,D], the first at position `start`."""
@@ -150,12 +145,8 @@ class RecurrentLayers(nn.Module):
     def start(self, batch_size: int) -> None:
         return None  # torch.nn starts from zeros
 
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        return self.rnn(tokens)
-
-    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        tokens, state = self.rnn(tokens[:, None], state)
-        return tokens[:, 0], state
+    def go_on(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self.rnn(tokens, state)
 
 
 class Recurrent(Baseline):
@@ -192,12 +183,8 @@ class MambaLayer(nn.Module):
     def start(self, batch_size: int) -> MambaStream:
         return self.block.start(batch_size)
 
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, MambaStream]:
-        out, memory = self.block.prefill(self.norm(tokens))
-        return tokens + out, memory
-
-    def step(self, tokens: Tensor, memory: MambaStream) -> tuple[Tensor, MambaStream]:
-        out, memory = self.block.step(self.norm(tokens), memory)
+    def go_on(self, tokens: Tensor, memory: MambaStream) -> tuple[Tensor, MambaStream]:
+        out, memory = self.block.go_on(self.norm(tokens), memory)
         return tokens + out, memory
 
 

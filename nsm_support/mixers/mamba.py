@@ -8,6 +8,7 @@ no norm before it and no residual around it: `tokens + mixer(norm(tokens))` is t
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ class _Mixer(nn.Module):
     """What both mixers share: the convolution, the stream, and the ways in. Each adds its own `_mix` and `_step`."""
 
     in_proj: nn.Linear
+    _mix: Callable[..., tuple[Tensor, MambaStream]]
+    _step: Callable[..., tuple[Tensor, MambaStream]]
 
     def __init__(self, convolved: int, conv_width: int, state_shape: tuple[int, ...]):
         super().__init__()
@@ -54,11 +57,12 @@ class _Mixer(nn.Module):
         check_shape(self, "token", tokens, "B D", D=self.in_proj.in_features)
         return self._step(tokens, self._accepted(stream, tokens))
 
-    def _mix(self, tokens: Tensor, stream: MambaStream) -> tuple[Tensor, MambaStream]:
-        raise NotImplementedError
-
-    def _step(self, tokens: Tensor, stream: MambaStream) -> tuple[Tensor, MambaStream]:
-        raise NotImplementedError
+    def go_on(self, tokens: Tensor, stream: MambaStream) -> tuple[Tensor, MambaStream]:
+        """`prefill` of several tokens [B,T,D], `step` of a single one [B,1,D]: the quicker of the two."""
+        if tokens.shape[1] != 1:
+            return self.prefill(tokens, stream)
+        out, stream = self.step(tokens[:, 0], stream)
+        return out[:, None], stream
 
     def start(self, batch_size: int) -> MambaStream:
         """The stream before the first token: zeros."""

@@ -268,24 +268,26 @@ class NSMLayer(nn.Module):
         message = states.new_zeros(batch_size, H, self.num_states, self.token_dim // H)
         return LayerStream(0, states, None, message, message[..., 0], window, window)
 
-    def prefill(self, tokens: Tensor) -> tuple[Tensor, LayerStream]:
-        """The first tokens [B,T,D] of a stream at once: what `forward` makes of them, and the memory after them."""
-        stream, T = self.start(len(tokens)), tokens.shape[1]
+    def go_on(self, tokens: Tensor, stream: LayerStream) -> tuple[Tensor, LayerStream]:
+        """The first tokens [B,T,D] of a stream at once, or the next one [B,1,D], and the memory after it."""
+        if tokens.shape[1] == 1:
+            out, stream = self.step(tokens[:, 0], stream)
+            return out[:, None], stream
+        T, window = tokens.shape[1], self.hybrid_attn.window
         trace, heard, passed = self._run(tokens, None, None, trace=False)
         stream = stream._replace(position=T)
         if stream.keys is not None:
-            first = max(0, min(T - self.hybrid_attn.window + 1, T - 1))
+            first = max(0, T - window)
             _, k, v = self.hybrid_attn.project(self.norm(tokens[:, first:]), first)
             stream = stream._replace(keys=self._behind(k), values=self._behind(v))
-        if passed is None:
-            return trace.tokens, stream
-        stream = stream._replace(states=passed.complete.states, cell=passed.complete.cell)
-        rest = T % (self.chunk or 1)
-        if rest:  # an incomplete chunk waits to be written
-            waiting = heard[:, T - rest :]
-            weights = self.router.route(waiting, passed.complete.states).weights
-            values = self.router.heads(self.router.token_value(waiting))
-            stream = stream._replace(message=weights.mT @ values, mass=weights.sum(-2))
+        if passed is not None:
+            states, cell = passed.complete
+            stream = stream._replace(states=states, cell=cell)
+            if rest := T % (self.chunk or 1):  # an incomplete chunk waits to be written
+                waiting = heard[:, T - rest :]
+                weights = self.router.route(waiting, states).weights
+                message = weights.mT @ self.router.heads(self.router.token_value(waiting))
+                stream = stream._replace(message=message, mass=weights.sum(-2))
         return trace.tokens, stream
 
     def step(self, tokens: Tensor, stream: LayerStream) -> tuple[Tensor, LayerStream]:
@@ -311,7 +313,7 @@ class NSMLayer(nn.Module):
                 states, cell = self._settle(states, cell, message, mass)
                 message, mass = torch.zeros_like(message), torch.zeros_like(mass)
                 weights = router.match(q, router.heads(router.key(states))).weights
-            read = self.router.read_states(weights, states)
+            read = router.read_states(weights, states)
         tokens = self._finish(tokens, heard, local, read)
         return tokens[:, 0], LayerStream(position, states, cell, message, mass, keys, values)
 

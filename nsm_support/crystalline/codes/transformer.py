@@ -80,14 +80,9 @@ class Block(nn.Module):
         D = self.out.in_features
         return Cache.empty(self.out.weight, batch_size, self.num_heads, D // self.num_heads)
 
-    def prefill(self, x: Tensor) -> tuple[Tensor, Cache]:
-        mixed, cache = self.start(len(x)).attend(*self._project(x))
-        return self._finish(x, self._merge(mixed))[0], cache
-
-    def step(self, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        x = x[:, None]  # (B, 1, D)
+    def go_on(self, x: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
         mixed, cache = cache.attend(*self._project(x, cache.length))
-        return self._finish(x, self._merge(mixed))[0][:, 0], cache
+        return self._finish(x, self._merge(mixed))[0], cache
 
     def _finish(self, x: Tensor, change: Tensor) -> tuple[Tensor, Info]:
         x, attn = self._through(self.attn_bottleneck, x, change)
