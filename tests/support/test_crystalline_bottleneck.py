@@ -10,12 +10,10 @@ from nsm_support.crystalline.codes.bottleneck import (
     DECAY,
     Bottleneck,
     BottleneckConfig,
-    choose,
     commitment_loss,
     compression_loss,
     gumbel_like,
     spread_out,
-    straight_through,
 )
 from nsm_support.crystalline.codes.schedules import temperature_at
 
@@ -85,16 +83,16 @@ def test_evaluation_has_no_noise_and_leaves_everything_as_it_was():
 def test_choice_in_training_is_a_draw_from_the_softmax_at_the_temperature():
     """How often each code wins, against softmax(l/τ), at two temperatures of one schedule; argmax at τ = 0."""
     module = bottleneck(codebook_size=4, scale_init=2.0, laid=True)
-    x = draw(1, 6).expand(40_000, 6)
+    x = draw(1, 6).expand(20_000, 6)
     for temperature in (2.0, 0.5):
         module._temperature.fill_(temperature)
         codebook = module.codebook.clone()
         logits = module.logits(x[:1])[0]
         shares = module(x)[1]["hard_codes"].mean(0)
         module.codebook.copy_(codebook)  # without the step towards x
-        torch.testing.assert_close(shares, (logits / temperature).softmax(0).detach(), atol=0.012, rtol=0)
+        torch.testing.assert_close(shares, (logits / temperature).softmax(0).detach(), atol=0.015, rtol=0)
     module._temperature.fill_(0.0)
-    assert torch.equal(module(x)[1]["hard_codes"].argmax(-1), logits.argmax().expand(40_000))
+    assert torch.equal(module(x)[1]["hard_codes"].argmax(-1), logits.argmax().expand(20_000))
 
 
 def test_soft_codes_do_not_feel_the_temperature():
@@ -144,14 +142,6 @@ def test_straight_through_gradient_is_that_of_the_soft_path(schedule):
             torch.testing.assert_close(theta.grad, slope, atol=1e-6, rtol=1e-5)
 
 
-def test_straight_through_helper():
-    hard, soft = draw(4).requires_grad_(), draw(4, seed=1).requires_grad_()
-    value = straight_through(hard, soft)
-    torch.testing.assert_close(value, hard)
-    value.backward(draw(4, seed=2))
-    assert hard.grad is None and torch.equal(soft.grad, draw(4, seed=2))
-
-
 def test_codes_follow_the_inputs_nearest_to_them():
     module, x = bottleneck(codebook_size=3, laid=True), draw(50, 6)
     before, nearest = module.codebook.clone(), module.logits(x).argmax(-1)
@@ -163,13 +153,6 @@ def test_codes_follow_the_inputs_nearest_to_them():
     assert module.usage.tolist() == nearest.bincount(minlength=3).tolist()
     share = nearest.bincount(minlength=3).double() / 50
     assert module.perplexity == pytest.approx(math.exp(-sum(p * math.log(p) for p in share.tolist() if p)))
-
-
-def test_a_code_that_nothing_chooses_stays():
-    module = bottleneck(codebook_size=2, laid=True)
-    module.codebook.copy_(torch.tensor([[1.0, 0, 0, 0, 0, 0], [-1, 0, 0, 0, 0, 0]]))
-    module(torch.tensor([[2.0, 0, 0, 0, 0, 0]], dtype=torch.float64))
-    assert module.codebook[:, 0].tolist() == pytest.approx([0.9 + 0.2, -1.0])
 
 
 def test_codes_are_laid_on_inputs_when_the_time_comes_and_not_before():
@@ -234,11 +217,6 @@ def test_no_more_codes_are_laid_than_there_are_places():
     assert (module.codebook != before).any(1).sum() == 3
 
 
-def test_choose_is_topk():
-    scores = draw(50, 9)
-    assert torch.equal(choose(scores, 1), scores.topk(1).indices) and torch.equal(choose(scores, 3), scores.topk(3).indices)
-
-
 @pytest.mark.parametrize(
     ("schedule", "values"),
     [
@@ -271,10 +249,7 @@ def test_losses_are_their_formulas():
     ("options", "message"),
     [
         ({"num_codes_k": 9, "codebook_size": 8}, r"num_codes_k = 9, codebook_size = 8; accepted is 1 … codebook_size"),
-        ({"num_codes_k": 0}, "num_codes_k = 0"),
-        ({"temp_init": -1.0}, "temp_init = -1.0, temp_min = .*; accepted is 0 or more"),
         ({"scale_init": 0.0}, "scale_init = 0.0; accepted is above 0"),
-        ({"lay_every": 0}, "lay_every = 0; accepted is a whole number"),
         ({"schedule": "stepwise"}, "schedule = 'stepwise'; accepted are linear, cosine, exponential, learned, none"),
         ({"schedule": "exponential", "temp_min": 0.0}, "temperatures above 0 are accepted"),
     ],

@@ -1,7 +1,5 @@
 """The crystalline transformer: causal, silent in evaluation, blocked where it says so, and what seed 003's cells need."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -36,42 +34,6 @@ def build(seed=0, laid=True, bottleneck=None, **config):
 
 def tokens(B=2, T=9, V=11, seed=0):
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def everything(logits, infos):
-    """All tensors of a pass that have a position."""
-    return [logits, *(value for info in infos for one in info.values() for value in one.values() if value.ndim == 3)]
-
-
-@pytest.mark.parametrize("bypass", [True, False])
-@pytest.mark.parametrize(("k", "positions"), [(1, "rotary"), (3, "rotary"), (3, "learned")])
-def test_no_leak_from_the_future(bypass, k, positions):
-    model = build(bypass=bypass, positions=positions, bottleneck={"codebook_size": 6, "num_codes_k": k}).eval()
-    before = tokens(T=33)
-    old = everything(*model(before))
-    for t in (0, 7, 32):
-        after = before.clone()
-        after[:, t] = (after[:, t] + 1) % 11
-        new = everything(*model(after))
-        assert all(torch.equal(a[:, :t], b[:, :t]) for a, b in zip(old, new, strict=True))
-        assert not torch.equal(old[1][:, t:], new[1][:, t:])  # the soft codes of the first bottleneck
-
-
-def test_learned_positions_are_vectors_added_to_the_tokens():
-    model = build(positions="learned").eval()
-    row = tokens(B=1, T=20)
-    places = model.places.detach().clone()
-    assert places.shape == (40, 16) and not torch.equal(model(row[:, 1:])[0], model(row)[0][:, 1:])
-    same = row[:, :1].expand(1, 20)  # one token at all places: only the places differ
-    with torch.no_grad():
-        model.places.zero_()
-        expected = model(same)[0]
-        assert torch.allclose(expected, expected[:, :1].expand_as(expected))
-        model.embedding.weight += places[3]
-        shifted = model(same)[0]
-        model.embedding.weight -= places[3]
-        model.places.copy_(places[3].expand(40, -1))
-        torch.testing.assert_close(model(same)[0], shifted)
 
 
 def test_learned_positions_stand_alone_and_begin_at_the_first_place():
@@ -111,24 +73,6 @@ def test_dropout_falls_on_what_enters_the_bottlenecks():
     assert not (model.eval()(tokens())[1][0]["attn"]["input"] == 0).any()
 
 
-def test_positions_of_another_name_are_refused():
-    with pytest.raises(ValueError, match=r"'sine'; accepted is one of 'rotary', 'learned'"):
-        build(positions="sine")
-
-
-def test_positions_are_distances():
-    """Rotary positions: what stands before the window of interest is all that a shift of a sequence changes."""
-    model = build().eval()
-    row = tokens(B=1, T=20)
-    attention = model.blocks[0]._attention
-    x = model.embedding(row)
-    padded = torch.cat([torch.zeros(1, 5, 16, dtype=torch.float64), x], 1)
-    weights_seen = attention(padded)[:, 5:]
-    assert not torch.allclose(weights_seen, attention(x)), "the zeros are attended to"
-    permuted = x[:, torch.tensor([1, 0, *range(2, 20)])]
-    assert not torch.allclose(attention(permuted)[:, 2:], attention(x)[:, 2:]), "order matters"
-
-
 def test_attention_equals_its_definition():
     """softmax(q k/√d) v over the past, rotated by hand, for one head after the other."""
     block = build().blocks[0]
@@ -150,15 +94,6 @@ def test_attention_equals_its_definition():
             rows.append(scores.softmax(0) @ vh[: t + 1])
         heads.append(torch.stack(rows))
     torch.testing.assert_close(block._attention(x)[0], block.out(torch.cat(heads, 1)))
-
-
-def test_evaluation_gives_the_same_bits_twice_and_training_does_not():
-    model, x = build(dropout=0.1, bottleneck={"codebook_size": 6}), tokens()
-    model.eval()
-    assert all(torch.equal(a, b) for a, b in zip(everything(*model(x)), everything(*model(x)), strict=True))
-    model.train()
-    twin = copy.deepcopy(model)
-    assert not torch.equal(model(x)[0], twin(x)[0]), "noise is drawn anew"
 
 
 def test_choices_depend_on_the_schedule():
@@ -220,20 +155,12 @@ def test_first_loss_is_that_of_knowing_nothing():
     assert abs(loss.item() - np.log(24)) < 0.5
 
 
-def test_state_dict_brings_codes_and_temperatures_back():
-    model, other = build(), build(seed=1, laid=False)
-    model.anneal(0.3)
-    model(tokens())
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(model.eval()(tokens())[0], other.eval()(tokens())[0])
-    assert [m.passes.item() for _, m in other.bottlenecks()] == [m.passes.item() for _, m in model.bottlenecks()]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"token_dim": 18, "num_heads": 4}, "token_dim = 18, num_heads = 4; accepted is token_dim a multiple of 2 · num_heads"),
         ({"num_layers": 0}, "num_layers = 0; accepted is a whole number"),
+        ({"positions": "sine"}, "positions = 'sine'; accepted is one of 'rotary', 'learned'"),
         ({"dropout": 1.0}, r"dropout = 1\.0"),
         ({"embedding_std": 0.0}, r"embedding_std = 0\.0"),
     ],
@@ -297,7 +224,7 @@ def test_cells_of_seed_003_run_with_other_imports(capsys):
 
     # Training config
     N_STEPS = 102  # 500 in the seed; the codes are laid after 100
-    BATCH_SIZE = 32
+    BATCH_SIZE = 6  # 32 in the seed
     LR = 3e-4
     LAMBDA_COMPRESS = 0.01
     LAMBDA_COMMIT = 0.25

@@ -43,21 +43,6 @@ def test_bidirectionally_every_token_reaches_every_other():
     assert tokens.grad.abs().sum(-1).min() > 1e-9
 
 
-@pytest.mark.parametrize("mix", ["gate", "read", "local"])
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_causality_is_exact(chunk, mix):
-    torch.manual_seed(0)
-    layer = NSMLayer(5, 12, 16, window=4, chunk=chunk, mix=mix, rotary=True)
-    tokens = draw(2, 23, 16, dtype=torch.float32)
-    out = layer(tokens)[0]
-    for t in (0, 6, 13, 22):
-        changed = tokens.clone()
-        changed[:, t] = draw(2, 16, seed=t + 1, dtype=torch.float32)
-        moved = layer(changed)[0]
-        assert torch.equal(moved[:, :t], out[:, :t])
-        assert not torch.equal(moved[:, t], out[:, t])
-
-
 @pytest.mark.parametrize(("chunk", "heard"), [(1, 0), (4, 3)])
 def test_a_token_reads_the_newest_states_that_it_may_know(chunk, heard):
     """With no window, token t depends on those before it whose chunk is complete at t, and on itself."""
@@ -71,22 +56,16 @@ def test_a_token_reads_the_newest_states_that_it_may_know(chunk, heard):
         assert (grad[0].abs().sum(-1) > 0).nonzero()[:, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"rotary": True, "mix": "sum"}, {"state_attention": False}])
 @pytest.mark.parametrize("gate_type", ["gru", "lstm"])
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_streaming_equals_the_full_pass(chunk, gate_type, options):
-    layer = make(chunk=chunk, gate_type=gate_type, **options)
-    for T in (1, 23):
-        tokens = draw(2, T, 16)
-        full, states = layer(tokens)
-        stream, steps, sizes = layer.start(2), [], []
-        for t in range(T):
-            out, stream = layer.step(tokens[:, t], stream)
-            steps.append(out)
-            sizes.append(sum(x.numel() for x in stream if torch.is_tensor(x)))
-        torch.testing.assert_close(torch.stack(steps, 1), full, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(layer.close(stream), states, rtol=1e-10, atol=1e-12)
-        assert len(set(sizes[8:])) <= 1, "the memory grows with the number of tokens"
+def test_a_stream_ends_in_the_states_of_the_full_pass_and_does_not_grow(chunk, gate_type):
+    layer, tokens = make(chunk=chunk, gate_type=gate_type, rotary=True), draw(2, 23, 16)
+    stream, sizes = layer.start(2), []
+    for t in range(23):
+        stream = layer.step(tokens[:, t], stream)[1]
+        sizes.append(sum(x.numel() for x in stream if torch.is_tensor(x)))
+    torch.testing.assert_close(layer.close(stream), layer(tokens)[1], rtol=1e-10, atol=1e-12)
+    assert len(set(sizes[8:])) == 1
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -140,7 +119,7 @@ def test_one_chunk_ends_in_the_states_of_the_bidirectional_mode():
     torch.testing.assert_close(both(tokens)[1], causal(tokens)[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"rotary": True}, {"gate_type": "lstm"}, {"top_k": 2}])
+@pytest.mark.parametrize("options", [{"rotary": True}, {"gate_type": "lstm"}, {"top_k": 2}])
 @pytest.mark.parametrize("chunk", [None, *CHUNKS])
 def test_padding_changes_nothing(chunk, options):
     layer = make(chunk=chunk, **options)
@@ -189,14 +168,6 @@ def test_pruning_shrinks_tensors_and_counted_flops(chunk):
     assert flops() < before - 0.5 * (before - token_side)
 
 
-def test_evaluation_gives_the_same_bits_twice_and_training_does_not():
-    layer = make(dropout=0.5)
-    tokens = draw(2, 9, 16)
-    assert not torch.equal(layer(tokens)[0], layer(tokens)[0])
-    layer.eval()
-    assert torch.equal(layer(tokens)[0], layer(tokens)[0])
-
-
 @pytest.mark.parametrize("mix", ["gate", "sum", "fixed", "local", "read"])
 @pytest.mark.parametrize("chunk", [None, 1, 4])
 def test_every_parameter_has_a_gradient(chunk, mix):
@@ -222,19 +193,14 @@ def test_mean_mass_is_kept_in_training():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"tokens = \[2, 9, 15\]; accepted is \[B, T, D=16\]"):
-        make()(draw(2, 9, 15))
-    with pytest.raises(ValueError, match=r"initial_states = \[2, 4, 12\]; accepted is \[B=2, S=5, M=12\]"):
-        make()(draw(2, 9, 16), draw(2, 4, 12))
-    with pytest.raises(ValueError, match=r"initial_states = \[3, 5, 12\]; accepted is \[B=2, S=5, M=12\]"):
-        make()(draw(2, 9, 16), draw(3, 5, 12))
-    with pytest.raises(ValueError, match=r"mask = \[2, 8\]; accepted is \[B=2, T=9\]"):
-        make()(draw(2, 9, 16), mask=torch.ones(2, 8, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"mask.dtype = torch.float32; accepted is torch.bool"):
-        make()(draw(2, 9, 16), mask=torch.ones(2, 9))
-    with pytest.raises(ValueError, match=r"NSMLayer: number of tokens = 0; accepted is a whole number"):
-        make()(draw(2, 0, 16))
-    with pytest.raises(ValueError, match=r"NSMLayer: chunk = 0; accepted is a whole number"):
-        make(chunk=0)
-    with pytest.raises(ValueError, match="chunk = None; accepted is a number of tokens"):
-        make().start(2)
+    for call, message in (
+        (lambda: make()(draw(2, 9, 15)), r"tokens = \[2, 9, 15\]; accepted is \[B, T, D=16\]"),
+        (lambda: make()(draw(2, 9, 16), draw(3, 5, 12)), r"initial_states = \[3, 5, 12\]; accepted is \[B=2, S=5, M=12\]"),
+        (lambda: make()(draw(2, 9, 16), mask=torch.ones(2, 8) > 0), r"mask = \[2, 8\]; accepted is \[B=2, T=9\]"),
+        (lambda: make()(draw(2, 9, 16), mask=torch.ones(2, 9)), "mask.dtype = torch.float32; accepted is torch.bool"),
+        (lambda: make()(draw(2, 0, 16)), "NSMLayer: number of tokens = 0"),
+        (lambda: make(chunk=0), "NSMLayer: chunk = 0"),
+        (lambda: make().start(2), "chunk = None; accepted is a number of tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -163,13 +163,10 @@ def test_allocate_stops_at_max_states(layer):
         (lambda: StateManager(), "takes state_dim and one of num_states, initial_states and max_states"),
         (lambda: StateManager(4, 8, initial_states=5), r"num_states \(4\) and initial_states \(5\) name the same"),
         (lambda: StateManager(4, 8, max_states=3), r"max_states \(3\) is below the number of states"),
-        (lambda: StateManager(0, 8), "num_states = 0; accepted is a whole number, at least 1"),
         (lambda: StateManager(4, 8, importance=Importance(5)), "has 5 states, this manager 4"),
         (lambda: StateManager(4, 8)(), "give initial_states .* or batch_size"),
         (lambda: StateManager(4, 8)(torch.zeros(2, 4, 7)), r"initial_states = \[2, 4, 7\]; accepted is \[B, S=4, M=8\]"),
-        (lambda: StateManager(4, 8).prune([]), "keep takes at least one index of 0 … 3"),
         (lambda: StateManager(4, 8).prune([4]), r"keep takes at least one index of 0 … 3, got \[4\]"),
-        (lambda: StateManager(4, 8).get_importance_scores("size"), "by = 'size'; accepted is one of 'importance', 'mass'"),
         (lambda: StateManager(4, 8, max_states=5).allocate(torch.zeros(7)), r"vector = \[7\]; accepted is \[M=8\]"),
     ],
 )
