@@ -90,12 +90,9 @@ def train(
         ValueError: if the generators are not E, or the model has other tokens or outputs than the machine.
         FloatingPointError: if a loss is not finite.
     """
-    sizes = (model.config.vocab_size, model.config.output_dim)
-    if len(generators) != len(model) or sizes != (machine.vocab_size, machine.output_dim):
-        raise ValueError(
-            f"train: {len(generators)} generators, {machine.vocab_size} tokens and {machine.output_dim} outputs "
-            f"for {len(model)} machines of {sizes[0]} and {sizes[1]}; equal numbers are accepted"
-        )
+    given = {"generators": len(generators), "vocab_size": machine.vocab_size, "output_dim": machine.output_dim}
+    sizes = {"generators": len(model), "vocab_size": model.config.vocab_size, "output_dim": model.config.output_dim}
+    check("train", given == sizes, f"{sizes}", **given)
     device = model.codebook.device
     optimizer = Adam(model.parameters(), betas=(0.9, 0.99))
     schedule = TrainingConfig(steps=config.steps, learning_rate=config.learning_rate)
