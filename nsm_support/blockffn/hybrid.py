@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from nsm_support.blockffn.gates import Gate
 from nsm_support.blockffn.model import BlockFFNLayer, BlockFFNModel, losses
 from nsm_support.blockffn.objectives import token_sparsity
-from nsm_support.blockffn.router import Routed
+from nsm_support.blockffn.router import BlockRouter, Routed
 from nsm_support.checks import check_choice
 from nsm_support.mixers.mamba import MambaBlock, MambaStream
 from nsm_support.training import History, TrainingConfig, evaluating, fit
@@ -99,8 +99,10 @@ class GatedHybridLayer(nn.Module):
                 raise ValueError("no routed layer comes before this one; source='own' asks its own router")
             return token_sparsity(previous.scores.detach())
         # From the weights, so that hooks on the router see what the FFN asks it and nothing else.
-        z = self.layer.post_attention_layernorm(x)
-        return token_sparsity(F.relu(F.linear(z, self.layer.mlp.router_proj.weight)).detach())
+        router, z = self.layer.mlp, self.layer.post_attention_layernorm(x)
+        if not isinstance(router, BlockRouter):
+            raise ValueError("a dense layer has no router of its own to ask; source='previous' is accepted")
+        return token_sparsity(F.relu(F.linear(z, router.router_proj.weight)).detach())
 
 
 def put_attention(attention: nn.Module, h: Tensor, scanned: Tensor, chosen: Tensor) -> Tensor:

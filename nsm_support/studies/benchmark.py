@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from nsm_support.checks import check_choice
 from nsm_support.costs import count_parameters, match_parameters
 from nsm_support.mixers import BASELINES, BaselineConfig, CNNConfig, SmallCNN
 from nsm_support.nsm.models import NSM, NSMConfig
@@ -71,8 +72,7 @@ class BenchmarkRun(FittedRun[nn.Module, Batch]):
         Raises:
             ValueError: for a model that there is not, or if no width comes within 5 %.
         """
-        if self.model not in (*MODELS, "CNN"):
-            raise ValueError(f"model is one of {', '.join(map(repr, (*MODELS, 'CNN')))}; got {self.model!r}")
+        check_choice(self, (*MODELS, "CNN"), "model")
         task = replace(self, seed=0).load_task()
         common: dict[str, Any] = {"head": task.head, "vocab_size": task.vocab_size, "input_dim": task.input_dim}
         common["output_dim"] = None if task.head == "language_model" else task.output_dim
@@ -113,70 +113,35 @@ class BenchmarkRun(FittedRun[nn.Module, Batch]):
         return self._moved(self.load_task().held_out(part, length, self.held_out))
 
     def _row(self, model: nn.Module, part: str, length: int | None, scored: Score) -> Row:
-        return {
-            "part": part,
-            "length": length or 0,
-            "accuracy": scored.accuracy,
-            "nats": scored.loss_nats,
-            "parameters": count_parameters(model),
-            "steps": self.steps,
-        }
+        row = {"part": part, "length": length or 0, "accuracy": scored.accuracy, "nats": scored.loss_nats}
+        return {**row, "parameters": count_parameters(model), "steps": self.steps}
 
 
-def _word_problem(task: str, steps: int) -> BenchmarkRun:
-    machine = {"num_layers": 1, "num_states": 2, "chunk": 1, "mix": "read", "positions": "none", "ffn_multiple": 1}
-    return BenchmarkRun(task=task, steps=steps, width=32, lengths=(20, 40, 100, 400), held_out=500, nsm=machine)
+def _setting(task: str, steps: int, nsm: dict[str, Any], **options: Any) -> BenchmarkRun:
+    return BenchmarkRun(task=task, steps=steps, nsm=nsm, **options)
 
 
+_WORDS = {"width": 32, "lengths": (20, 40, 100, 400), "held_out": 500}
+_MACHINE = {"num_layers": 1, "num_states": 2, "chunk": 1, "mix": "read", "positions": "none", "ffn_multiple": 1}
+_RECALL = {"pairs": 4, "keys": 16, "values": 16}
+_STATES = {"num_states": 16, "ffn_multiple": 2}
+_DIGITS = {"num_states": 8, "window": 16, "chunk": 7, "mix": "sum", "ffn_multiple": 1}
 SETTINGS = {
     run.task: run
     for run in (
-        BenchmarkRun(
-            task="mnist",
-            steps=400,
-            positions="learned",
-            nsm={"num_states": 8, "window": 16, "chunk": 7, "mix": "sum", "ffn_multiple": 1},
+        _setting("mnist", 400, _DIGITS, positions="learned"),
+        _setting("recall", 400, _STATES | {"window": 4, "chunk": 2}, held_out=500, sizes=_RECALL),
+        _setting("parity", 500, _MACHINE, **_WORDS),
+        _setting("a5", 2000, _MACHINE, **_WORDS),
+        _setting(
+            "text", 250, _STATES | {"window": 16, "chunk": 16}, batch_size=16, width=64, held_out=320, sizes={"length": 128}
         ),
-        BenchmarkRun(
-            task="recall",
-            steps=400,
-            held_out=500,
-            sizes={"pairs": 4, "keys": 16, "values": 16},
-            nsm={"num_states": 16, "window": 4, "chunk": 2, "ffn_multiple": 2},
-        ),
-        _word_problem("parity", 500),
-        _word_problem("a5", 2000),
-        BenchmarkRun(
-            task="text",
-            steps=250,
-            batch_size=16,
-            width=64,
-            held_out=320,
-            sizes={"length": 128},
-            nsm={"num_states": 16, "window": 16, "chunk": 16, "ffn_multiple": 2},
-        ),
-        _word_problem("s3", 1500),
-        _word_problem("s5", 4000),
-        BenchmarkRun(
-            task="permuted_mnist",
-            steps=600,
-            batch_size=16,
-            positions="learned",
-            nsm={"num_states": 16, "window": 8, "chunk": 56, "ffn_multiple": 2},
-        ),
-        BenchmarkRun(
-            task="listops", steps=1500, held_out=1000, nsm={"num_states": 16, "window": 8, "chunk": 4, "ffn_multiple": 2}
-        ),
-        BenchmarkRun(
-            task="selective_copying", steps=1000, held_out=500, nsm={"num_states": 16, "window": 4, "chunk": 4, "ffn_multiple": 2}
-        ),
-        BenchmarkRun(
-            task="verse_section",
-            steps=600,
-            positions="learned",
-            held_out=1500,
-            nsm={"num_states": 16, "window": 8, "ffn_multiple": 2},
-        ),
+        _setting("s3", 1500, _MACHINE, **_WORDS),
+        _setting("s5", 4000, _MACHINE, **_WORDS),
+        _setting("permuted_mnist", 600, _STATES | {"window": 8, "chunk": 56}, batch_size=16, positions="learned"),
+        _setting("listops", 1500, _STATES | {"window": 8, "chunk": 4}, held_out=1000),
+        _setting("selective_copying", 1000, _STATES | {"window": 4, "chunk": 4}, held_out=500),
+        _setting("verse_section", 600, _STATES | {"window": 8}, positions="learned", held_out=1500),
     )
 }
 """How every task is trained as the book publishes it; `dataclasses.replace` sets model, rate and seed, or changes a part."""

@@ -50,12 +50,9 @@ def test_the_vocabulary_never_sees_held_out_chapters(tmp_path):
     assert not any("qz" in token for token in other.tokenizer.get_vocab())
     # Had it seen them, there would be one
     assert any("qz" in token for token in train_tokenizer(load_text(path).content, 270).get_vocab())
+    given = load_corpus(path, vocab_size=999, tokenizer=plain.tokenizer)
+    assert given.tokenizer is plain.tokenizer and torch.equal(given.train, other.train), "a tokenizer that is given is taken"
     assert "qzqz" in other.text.test.content and "qzqz" not in other.text.train.content
-
-
-def test_a_tokenizer_that_is_given_is_taken():
-    taken = load_corpus(vocab_size=999, tokenizer=CORPUS.tokenizer)
-    assert taken.tokenizer is CORPUS.tokenizer and torch.equal(taken.train, CORPUS.train)
 
 
 @pytest.mark.parametrize(("size", "message"), [(255, "at least 256"), (400, "pairs for 2.. tokens only")])

@@ -268,10 +268,10 @@ def test_the_figure_shows_each_active_codes_shares():
 @pytest.mark.parametrize(
     ("codes", "states", "message"),
     [
-        (torch.ones(2, 3, 4), torch.zeros(2, 4).long(), r"hard_codes \(2, 3, 4\) and states \(2, 4\)"),
-        (torch.ones(2, 3, 4), torch.full((2, 3), 3), "from 3 to 3; integers from 0 to 2"),
+        (torch.ones(2, 3, 4), torch.zeros(2, 4).long(), r"hard_codes = \[2, 3, 4\], states = \[2, 4\]; accepted is \[B, T, K\]"),
+        (torch.ones(2, 3, 4), torch.full((2, 3), 3), "lowest = 3, highest = 3; accepted is integers from 0 to 2"),
         (torch.ones(2, 3, 4), torch.zeros(2, 3), "torch.float32"),
-        (torch.full((2, 3, 4), 0.25), torch.zeros(2, 3).long(), "more than 0 and 1; the indicator"),
+        (torch.full((2, 3, 4), 0.25), torch.zeros(2, 3).long(), r"hard_codes = \[0.25\]; accepted is 0 and 1"),
         (torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), "no code is active"),
     ],
 )

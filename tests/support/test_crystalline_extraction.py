@@ -294,13 +294,22 @@ def test_interventions_measure_what_moved_and_where_to():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: minimise(Automaton(0, torch.tensor([[0, 2], [0, 1]]), torch.tensor([0, 1]))), "next states lie in 0 … 2"),
-        (lambda: reachable(Automaton(0, torch.tensor([[0], [1]]), torch.tensor([0]))), r"\[2, 1\] and output \[1\]; integer"),
-        (lambda: compare(tomita(1), make_machine("fsm")), "true is a FiniteStateMachine; an Automaton or a"),
-        (lambda: compare(drawn(0, 2, 3, 2), tomita(1)), "compare: 3 tokens in learned, 2 in true; one alphabet is accepted"),
-        (lambda: vote(*torch.zeros(3, 2, 4).long(), 0, 2), "vote: codes from 0 to 0; 0 to -1 are accepted"),
-        (lambda: vote(*torch.zeros(2, 2, 4).long(), torch.zeros(2, 3).long(), 1, 2), r"outputs \[2, 3\]; one shape \[B, T\]"),
-        (lambda: vote(*torch.zeros(2, 2, 4).long(), torch.full((2, 4), -100), 1, 2), "outputs from -100 to -100; 0 to any class"),
+        (lambda: minimise(Automaton(0, torch.tensor([[0, 2], [0, 1]]), torch.tensor([0, 1]))), "highest = 2; accepted is 0 to 1"),
+        (
+            lambda: reachable(Automaton(0, torch.tensor([[0], [1]]), torch.tensor([0]))),
+            r"\[2, 1\], output = \[1\]; accepted is integer",
+        ),
+        (lambda: compare(tomita(1), make_machine("fsm")), "true is a FiniteStateMachine; accepted is an Automaton"),
+        (lambda: compare(drawn(0, 2, 3, 2), tomita(1)), "compare: learned = 3, true = 2; accepted is one alphabet"),
+        (lambda: vote(*torch.zeros(3, 2, 4).long(), 0, 2), "vote: codes from = 0, to = 0; accepted is 0 to -1"),
+        (
+            lambda: vote(*torch.zeros(2, 2, 4).long(), torch.zeros(2, 3).long(), 1, 2),
+            r"outputs = \[2, 3\]; accepted is one shape \[B, T\]",
+        ),
+        (
+            lambda: vote(*torch.zeros(2, 2, 4).long(), torch.full((2, 4), -100), 1, 2),
+            "outputs from = -100, to = -100; accepted is 0 to any class",
+        ),
         (lambda: intervention(torch.ones(1, 2), torch.ones(1, 2) / 2, torch.ones(1, 2).bool()), "a row of before is no distr"),
         (lambda: intervention(*torch.ones(3, 1, 2) / 2), "wanted as bool"),
     ],

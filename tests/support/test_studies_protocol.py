@@ -130,7 +130,7 @@ def test_a_pool_gives_what_one_process_gives_in_the_order_of_the_runs(runs, resu
     for one, alone in zip(pooled, results.values(), strict=True):
         assert_equal(comparable(one), comparable(alone))
     assert len(rows_of(pooled)) == sum(len(result.rows) for result in pooled)
-    with pytest.raises(ValueError, match="got 'none of them'"):  # a run that fails says why
+    with pytest.raises(ValueError, match="model = 'none of them'"):  # a run that fails says why
         measure_all([replace(runs["benchmark"], model="none of them")])
 
 

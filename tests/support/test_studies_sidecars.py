@@ -72,7 +72,7 @@ def run(store, setup):
 
 @pytest.fixture
 def single(store, run):
-    """One layer: what its gate hears does not depend on what gates did before."""
+    """One layer: what its gate is given does not depend on what gates did before."""
     setup = replace(run.setup, models=str(store / "single.pt"))
     return replace(run, setup=setup, sidecars=str(store / "single_sidecars.pt"), steps=0)
 
@@ -105,7 +105,7 @@ def test_score_is_the_mean_loss_of_every_token_but_the_first(setup):
     assert torch.equal(score_windows(model, windows).nats, scored.nats), "detached again"
 
 
-def test_layer_0_hears_its_own_router_and_the_others_the_one_before(setup):
+def test_layer_0_asks_its_own_router_and_the_others_the_one_before(setup):
     model = load_models(setup).models[0]
     attach_all(model, make_sidecars(model, 0, MAMBA), lambda i: Gate("routing_hard"))
     assert [layer.source for layer in model.layers] == ["own", "previous"]
@@ -128,13 +128,6 @@ def test_training_of_sidecars_helps_and_leaves_the_model(setup, monkeypatch):
     trained.models[1] = base
     other = replace(run, base=1).build()
     assert not torch.equal(other["0"].norm.weight * other["0"].block.in_proj.weight, run.build()["0"].block.in_proj.weight)
-    gates = [
-        GateRun(setup=setup, sidecars="", base=b, seed=s, mode="random_hard").make_gate(i, 8)
-        for b in (0, 1)
-        for s in (0, 1)
-        for i in (0, 1)
-    ]
-    assert len({gate.seed for gate in gates}) == 8, "runs of two base models share no draw"
 
 
 def test_every_layer_has_an_alpha_of_its_own_while_it_is_tuned(setup, monkeypatch):
@@ -153,13 +146,6 @@ def test_every_layer_has_an_alpha_of_its_own_while_it_is_tuned(setup, monkeypatc
     assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.2
 
 
-def test_sidecars_come_back_as_they_were(store):
-    found = load_sidecars(store / "sidecars.pt")
-    assert set(found) == {(0, 5), (1, 5)} and set(found[0, 5]) == {0, 1}
-    one, other = make_sidecars(make(1), 5, MAMBA)[1].state_dict(), found[1, 5][1].state_dict()
-    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
 def test_sweep_ends_are_the_model_and_its_sidecars(run):
     ends = (Mixture((0.0, 0.0)), Mixture((1.0, 1.0)), Mixture((1.0, 1.0), "silent"), Mixture((1.0, 1.0), "untrained"))
     sweep = SweepRun(setup=run.setup, sidecars=run.sidecars, base=0, seed=5, mixtures=ends, mamba={"state_dim": 3})
@@ -172,6 +158,8 @@ def test_sweep_ends_are_the_model_and_its_sidecars(run):
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     torch.testing.assert_close(found[ends[2]], score_windows(mute, windows).nats, rtol=1e-6, atol=1e-6)
     given = load_sidecars(run.sidecars)[0, 5]
+    made = make_sidecars(make(0), 5, MAMBA)[1].state_dict()
+    assert all(torch.equal(value, made[name]) for name, value in given[1].state_dict().items()), "as they were saved"
     for i, layer in enumerate(model.layers):
         layer.self_attn = given[i]
     assert torch.equal(found[ends[1]], score_windows(model, windows).nats)
@@ -198,7 +186,7 @@ def test_passes_are_what_is_measured(run):
     assert agree.float().mean() == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("mode", ["routing_soft", "shuffled_hard", "learned_hard", "inverted_soft", "fixed"])
+@pytest.mark.parametrize("mode", ["routing_soft", "learned_hard"])
 def test_tuning_leaves_the_model(run, mode, monkeypatch):
     trained = load_models(run.setup)
     monkeypatch.setattr(sidecars, "load_models", lambda setup: trained)
@@ -217,14 +205,8 @@ def test_gates_see_the_same_batches(run):
     assert len(seen) == 1 and min(seen) > 0
 
 
-def test_another_seed_has_other_batches(store, run, tmp_path):
-    path = str(tmp_path / "more.pt")
-    save_sidecars(path, {(0, seed): make_sidecars(make(0), seed, MAMBA) for seed in (5, 6)}, MAMBA)
-    assert len({measure(replace(run, sidecars=path, seed=seed)).tensors["batches"] for seed in (5, 6)}) == 2
-
-
-@pytest.mark.parametrize("alpha", [0.25, 0.5])
-def test_gates_are_compared_at_one_mean(run, alpha):
+def test_gates_are_compared_at_one_mean(run):
+    alpha = 0.25
     for mode in GATES:
         result = measure(replace(run, mode=mode, alpha=alpha, steps=1, map_steps=1))
         # 64 chapters of 24 tokens, or as many as there are
@@ -266,7 +248,7 @@ def test_inverted_gate_keeps_the_mean():
 def test_nothing_of_the_test_reaches_a_threshold(run, monkeypatch):
     text = load_windows(run.setup)
     other = text._replace(test=(text.test + 7) % 270, validation=(text.validation + 3) % 270)
-    for mode in ("routing_hard", "learned_soft", "position_hard", "oracle_soft"):
+    for mode in ("learned_soft", "oracle_hard"):
         honest = measure(replace(run, mode=mode, map_steps=2))
         with monkeypatch.context() as patch:
             patch.setattr(gate_comparison, "load_windows", lambda setup: other)
@@ -314,8 +296,8 @@ def test_a_learned_map_is_trained_apart_and_the_sidecars_begin_as_everybodys(run
 
 
 def test_every_layer_and_seed_draws_for_itself(run):
-    gates = [replace(run, mode="random_hard", seed=seed).make_gate(layer, 16) for seed in (5, 6) for layer in (0, 1)]
-    assert len({gate.seed for gate in gates}) == 4
+    gates = [replace(run, base=b, seed=s).make_gate(layer, 16) for b in (0, 1) for s in (5, 6) for layer in (0, 1)]
+    assert len({gate.seed for gate in gates}) == 8, "runs of two base models share no draw"
     assert isinstance(replace(run, mode="inverted_soft").make_gate(0, 16), InvertedGate)
     model = make(0)
     attach_all(model, make_sidecars(model, 5, MAMBA), lambda i: run.make_gate(i, 16))

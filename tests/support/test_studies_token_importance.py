@@ -96,14 +96,6 @@ def test_hidden_is_as_if_the_token_were_not_there(options):
     torch.testing.assert_close(found, logits_of(model, tokens[0, others], others))
 
 
-def test_hooks_go_after_an_error():
-    model, tokens = make(), numbers(1, 9)
-    plain = model(tokens)
-    with pytest.raises(KeyError), hidden_from_later(model, torch.tensor([2])):
-        raise KeyError
-    assert torch.equal(model(tokens), plain)
-
-
 @torch.no_grad()
 def test_importance_is_what_later_tokens_lose():
     model, windows, horizon = make(), numbers(2, 18), 4  # T = 17
@@ -118,13 +110,6 @@ def test_importance_is_what_later_tokens_lose():
             torch.testing.assert_close(found[tuple(at)], torch.stack(lost).mean())
     torch.testing.assert_close(mask_importance(model, windows, places, horizon, batch_size=1), found)
     assert found.abs().min() > 1e-6
-
-
-def test_importance_is_zero_without_attention():
-    model = make()
-    for layer in model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    assert torch.equal(mask_importance(model, numbers(2, 18), numbers(2, 3, below=12), 4), torch.zeros(2, 3).double())
 
 
 @pytest.mark.parametrize(("place", "horizon"), [(13, 4), (-1, 4), (3, 0)])
@@ -142,9 +127,9 @@ def test_observed_row_by_row():
         losses = F.cross_entropy(model(tokens[None, :-1])[0], tokens[1:], reduction="none")
         torch.testing.assert_close(seen.losses[row], losses)
         with RoutingExtractor(model) as extractor:
-            heard = extractor(tokens[None, :-1])[:, 0]
-        torch.testing.assert_close(seen.activations[:, row], heard)
-        torch.testing.assert_close(seen.sparsity[:, row], (heard <= 0).double().mean(-1))
+            recorded = extractor(tokens[None, :-1])[:, 0]
+        torch.testing.assert_close(seen.activations[:, row], recorded)
+        torch.testing.assert_close(seen.sparsity[:, row], (recorded <= 0).double().mean(-1))
 
 
 # Words

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsm_support.checks import Shape, check
 from nsm_support.crystalline.automata import UNASKED, UNDEFINED, Automaton, Transducer, refine, table_edges
 
 
@@ -42,20 +43,16 @@ def _check(automaton: Automaton | Transducer, name: str = "automaton") -> Automa
     """The automaton as such, or a ValueError that says what does not fit."""
     if not isinstance(automaton, Automaton | Transducer):
         raise ValueError(
-            f"{name} is a {type(automaton).__name__}; an Automaton or a Transducer is accepted, and of a "
-            f"generator its `predictive_automaton`"
+            f"{name} is a {type(automaton).__name__}; accepted is an Automaton, a Transducer or a `predictive_automaton`"
         )
     start, transition, output = int(automaton.start), automaton.transition, automaton.output
     states = len(transition)
-    if transition.ndim != 2 or output.shape != (states,) or transition.is_floating_point() or output.is_floating_point():
-        raise ValueError(
-            f"{name}: transition {list(transition.shape)} and output {list(output.shape)}; integer [S, V] and [S] are accepted"
-        )
-    if not 0 <= start < states or (transition.numel() and not UNDEFINED <= transition.min() <= transition.max() < states):
-        raise ValueError(
-            f"{name}: the start is {start}, next states lie in {int(transition.min())} … "
-            f"{int(transition.max())}; 0 to {states - 1} are accepted, and UNDEFINED for no next state"
-        )
+    whole = not (transition.is_floating_point() or output.is_floating_point())
+    fits = whole and transition.ndim == 2 and output.shape == (states,)
+    check(name, fits, "integer [S, V] and [S]", transition=Shape(transition.shape), output=Shape(output.shape))
+    low, high = transition.min().item() if transition.numel() else 0, transition.max().item() if transition.numel() else 0
+    fits = 0 <= start < states and UNDEFINED <= low <= high < states
+    check(name, fits, f"0 to {states - 1}, and UNDEFINED for no next state", start=start, lowest=low, highest=high)
     return Automaton(start, transition, output)
 
 
@@ -127,11 +124,8 @@ def compare(learned: Automaton | Transducer, true: Automaton | Transducer) -> Ve
         ValueError: if the alphabets differ or an automaton does not fit together.
     """
     learned, true = _check(learned, "learned"), _check(true, "true")
-    if learned.transition.shape[1] != true.transition.shape[1]:
-        raise ValueError(
-            f"compare: {learned.transition.shape[1]} tokens in learned, {true.transition.shape[1]} in true; "
-            f"one alphabet is accepted"
-        )
+    alphabets = [automaton.transition.shape[1] for automaton in (learned, true)]
+    check("compare", alphabets[0] == alphabets[1], "one alphabet", learned=alphabets[0], true=alphabets[1])
     for name, automaton in (("learned", learned), ("true", true)):
         _check_asked(*reachable(automaton), name)
     smallest = minimise(learned)
@@ -172,8 +166,7 @@ def run(automaton: Automaton | Transducer, tokens: Tensor) -> tuple[Tensor, Tens
     """
     start, transition, output = _check(automaton)
     vocabulary = transition.shape[1]
-    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < vocabulary:
-        raise ValueError(f"run: tokens from {int(tokens.min())} to {int(tokens.max())}; 0 to {vocabulary - 1} are accepted")
+    _check_range("run", "tokens", tokens, vocabulary)
     table = torch.cat([transition, torch.full((1, vocabulary), UNDEFINED)])  # row −1: once undefined, always
     state, states = torch.full((len(tokens),), start), []
     for token in tokens.T:
@@ -200,17 +193,13 @@ def vote(codes: Tensor, tokens: Tensor, outputs: Tensor, num_codes: int, vocab_s
     Raises:
         ValueError: if the shapes differ or a number lies out of range.
     """
-    if not (codes.shape == tokens.shape == outputs.shape and codes.ndim == 2 and codes.numel()):
-        raise ValueError(
-            f"vote: codes {list(codes.shape)}, tokens {list(tokens.shape)}, outputs {list(outputs.shape)}; one "
-            f"shape [B, T] is accepted"
-        )
-    for name, values, size in (("codes", codes, num_codes), ("tokens", tokens, vocab_size), ("outputs", outputs, None)):
-        if values.min() < 0 or (size is not None and values.max() >= size):
-            raise ValueError(
-                f"vote: {name} from {int(values.min())} to {int(values.max())}; 0 to "
-                f"{'any class' if size is None else size - 1} are accepted"
-            )
+    shapes = {name: Shape(given.shape) for name, given in (("codes", codes), ("tokens", tokens), ("outputs", outputs))}
+    check(
+        "vote", codes.shape == tokens.shape == outputs.shape and codes.ndim == 2 and codes.numel(), "one shape [B, T]", **shapes
+    )
+    _check_range("vote", "codes", codes, num_codes)
+    _check_range("vote", "tokens", tokens, vocab_size)
+    _check_range("vote", "outputs", outputs, None)
     before = torch.cat([torch.full_like(codes[:, :1], num_codes), codes[:, :-1]], 1)
     cells = (num_codes + 1) * vocab_size
     steps = _counts(before * vocab_size + tokens, codes, cells, num_codes).view(num_codes + 1, vocab_size, num_codes)
@@ -225,6 +214,12 @@ def vote(codes: Tensor, tokens: Tensor, outputs: Tensor, num_codes: int, vocab_s
     )
     agreement, output_agreement = (votes.sum() / seen.sum()).item(), (output_votes.sum() / emitted.sum()).item()
     return Vote(automaton, agreement, output_agreement, observed[:, None] & (seen == 0))
+
+
+def _check_range(owner: str, name: str, values: Tensor, size: int | None) -> None:
+    low, high = (values.min().item(), values.max().item()) if values.numel() else (0, 0)
+    fits = low >= 0 and (size is None or high < size or not values.numel())
+    check(owner, fits, f"0 to {'any class' if size is None else size - 1}", **{f"{name} from": low, "to": high})
 
 
 def _counts(row: Tensor, column: Tensor, rows: int, columns: int) -> Tensor:
@@ -245,11 +240,9 @@ def intervention(before: Tensor, after: Tensor, wanted: Tensor) -> Intervention:
     Raises:
         ValueError: if the shapes differ or a row is no distribution.
     """
-    if not before.shape == after.shape == wanted.shape or before.ndim != 2 or wanted.dtype != torch.bool:
-        raise ValueError(
-            f"intervention: before {list(before.shape)}, after {list(after.shape)}, wanted {wanted.dtype} "
-            f"{list(wanted.shape)}; one shape [N, C] is accepted, wanted as bool"
-        )
+    fits = before.shape == after.shape == wanted.shape and before.ndim == 2 and wanted.dtype == torch.bool
+    shapes = {name: Shape(given.shape) for name, given in (("before", before), ("after", after), ("wanted", wanted))}
+    check("intervention", fits, "one shape [N, C], wanted as bool", **shapes)
     before, after = before.double(), after.double()
     for name, rows in (("before", before), ("after", after)):
         if not rows.numel() or rows.min() < 0 or (rows.sum(1) - 1).abs().max() > 1e-3:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from nsm_support.checks import Shape, check, refuse
 from nsm_support.metrics import majority_share
 from nsm_support.statistics import permutation_null
 
@@ -80,20 +81,14 @@ def contingency_reference(hard_codes: Tensor, states: Tensor, num_states: int) -
 
 def _indicator(hard_codes: Tensor, states: Tensor, num_states: int) -> Tensor:
     """Codes [B,T,K] as float64, whose sums are exact, or an error."""
-    if hard_codes.ndim != 3 or states.shape != hard_codes.shape[:2] or not states.numel():
-        raise ValueError(
-            f"alignment: hard_codes {tuple(hard_codes.shape)} and states {tuple(states.shape)}; [B, T, K] and "
-            f"[B, T], at least one position, are accepted"
-        )
-    if states.is_floating_point() or states.min() < 0 or states.max() >= num_states:
-        raise ValueError(
-            f"alignment: states are {states.dtype} from {states.min().item()} to {states.max().item()}; "
-            f"integers from 0 to {num_states - 1} are accepted"
-        )
+    fits = hard_codes.ndim == 3 and states.shape == hard_codes.shape[:2] and states.numel()
+    shapes = {"hard_codes": Shape(hard_codes.shape), "states": Shape(states.shape)}
+    check("alignment", fits, "[B, T, K] and [B, T], at least one position", **shapes)
+    low, high = states.min().item(), states.max().item()
+    fits = not states.is_floating_point() and 0 <= low <= high < num_states
+    check("alignment", fits, f"integers from 0 to {num_states - 1}", states=states.dtype, lowest=low, highest=high)
     if not torch.equal(hard_codes * hard_codes, hard_codes):  # x² = x for 0 and 1 alone
-        raise ValueError(
-            "alignment: hard_codes hold more than 0 and 1; the indicator of the active codes is accepted, without weights"
-        )
+        raise refuse("alignment", "0 and 1, without weights", hard_codes=hard_codes.unique().tolist()[:3])
     return hard_codes.detach().double()
 
 
