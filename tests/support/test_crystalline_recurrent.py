@@ -292,7 +292,10 @@ def test_revived_codes_come_into_use():
         (lambda m: RecurrentTraining(steps=0), "RecurrentTraining: steps = 0; accepted is a whole number"),
         (lambda m: RecurrentTraining(max_length=1), "max_length = 1, min_length = 2; accepted is at least min_length"),
         (lambda m: RecurrentTraining(pace=0.0), "pace = 0.0"),
-        (lambda m: train(m, make_machine("parity"), randoms(0, 1), RecurrentTraining()), "train: generators = 2, vocab_size = 2, output_dim = 2; accepted is"),
+        (
+            lambda m: train(m, make_machine("parity"), randoms(0, 1), RecurrentTraining()),
+            "train: generators = 2, vocab_size = 2, ",
+        ),
     ],
 )
 def test_bad_input_is_refused(model, function, message):
