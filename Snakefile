@@ -1,21 +1,19 @@
-# The arrows of the book: page → executed notebook → results → site. `nsm-book build` runs them, one build at a time, and
-# then lets _build/html be the new site. `nsm-book sweep` runs the last rule, and the pages that its page needs.
+# The arrows of the book: page → executed notebook → result store → results pages → site. `nsm-book build` runs them, one build
+# at a time, and then lets _build/html be the new site. `nsm-book sweep` runs the last rule, and the pages that its page needs.
 import math
 import shlex
 import sys
 
-from nsm_book import collect, fingerprint, schema, stage, sweep
+from nsm_book import fingerprint, schema, site, store, sweep
+from nsm_book.workflow import rule_name
 
 PROFILE = config.get("profile", "quick")
 COMMAND = f"{shlex.quote(sys.executable)} -m nsm_book.cli".replace("{", "{{").replace("}", "}}")
-RUNS = {name: page.run_file(PROFILE).relative_to(schema.ROOT) for name, page in schema.pages().items()}
-
-if workflow.is_main_process:
-    fingerprint.set_aside_stale(PROFILE)
-    if "plan" not in config:  # a sweep makes neither tables nor site
-        collect.drop_damaged(PROFILE)
-        stage.drop_stale_site(PROFILE)
-    fingerprint.forget_dates(PROFILE)
+PAGES = schema.pages()
+RUNS = {name: page.run_file(PROFILE).relative_to(schema.ROOT) for name, page in PAGES.items()}
+STORE = [path.relative_to(schema.ROOT) for path in fingerprint.store_files(PROFILE)]
+CARD = site.card_file(PROFILE).relative_to(schema.ROOT)
+BUILDING = workflow.is_main_process and "plan" not in config  # a sweep makes neither tables nor site
 
 
 onstart:  # Snakemake's limit of jobs a second is meant for clusters, and lets it end only a second after its last job
@@ -26,17 +24,19 @@ onstart:  # Snakemake's limit of jobs a second is meant for clusters, and lets i
 rule book:  # names every run: Snakemake does not miss a file that only stands between two others
     input:
         RUNS.values(),
-        f"_build/sites/{PROFILE}.json",
+        STORE,
+        CARD,
     default_target: True
 
 
-for name, page in schema.pages().items():
+for name, page in PAGES.items():
 
     rule:
         name:
-            f"page_{name.replace('/', '_')}"  # Slurm's job is told it on a command line
+            rule_name(page)
         input:
             [f"_build/products/{PROFILE}/{product}" for product in page.needs],
+            STORE if page.reads_results else [],
         output:
             update([RUNS[name], *(f"_build/products/{PROFILE}/{product}" for product in page.makes)]),
         threads: page.cores
@@ -45,17 +45,31 @@ for name, page in schema.pages().items():
             runtime=1 + math.ceil(page.budget[PROFILE] / 20),  # minutes: three times what it may take, and one to begin
         params:
             page=name,
+            **fingerprint.dependencies(page, PROFILE),  # what has changed in these is why a page runs again
         shell:
             f"{COMMAND} execute {{params.page}} --profile {PROFILE}"
+
+
+rule results:
+    input:
+        [RUNS[name] for name, page in PAGES.items() if not page.reads_results],
+    output:
+        update(STORE),
+    params:
+        catalogue=fingerprint.digest_of(store.catalogue(PROFILE)) if BUILDING else "",
+        reruns=fingerprint.digest(store.rerun_record(PROFILE)),
+    shell:
+        f"{COMMAND} results --profile {PROFILE}"
 
 
 rule site:
     input:
         RUNS.values(),
+        STORE,
     output:
-        f"_build/results/{PROFILE}/results.json",
-        f"_build/results/{PROFILE}/results.parquet",
-        f"_build/sites/{PROFILE}.json",
+        update(CARD),
+    params:
+        ingredients=site.ingredients(PROFILE) if BUILDING else "",
     shell:
         f"{COMMAND} site --profile {PROFILE}"
 

@@ -1,6 +1,5 @@
 """`nsm-book`: build the book, run one page or a table of runs, ask what a page accepts and why it would rerun."""
 
-import functools
 import os
 import sys
 from pathlib import Path
@@ -38,7 +37,7 @@ def build(profile, cores):
     """Run what changed and publish the site to _build/html."""
     from rich.console import Console
 
-    from nsm_book.build import build
+    from nsm_book.workflow import build
 
     site = build(profile, cores, Console(soft_wrap=True))
     click.echo(f"The book ({profile} profile) is ready. Open {site / 'index.html'}")
@@ -59,12 +58,14 @@ def build(profile, cores):
 def run(page, given, folder, profile):
     """Run one page with other parameters."""
     from nsm_book import schema
-    from nsm_book.execute import rerun
+    from nsm_book.run import rerun
 
+    entry = schema.page(page)
     twice = {name for name, _ in given if [other for other, _ in given].count(name) > 1}
     if twice:
-        raise BookError(f"{schema.page(page).name}: parameter {schema.brief(min(twice))} is given more than once")
-    place = rerun(schema.page(page), dict(given), profile, folder)
+        raise BookError(f"{entry.name}: parameter {schema.brief(min(twice))} is given more than once")
+    schema.check_parameters(entry, dict(given))
+    place = rerun(entry, dict(given), profile, folder)
     click.echo(f"{place / 'run.ipynb'}\n{place / 'results.json'}")
 
 
@@ -138,11 +139,8 @@ def why(page, profile):
     from nsm_book import fingerprint, schema
 
     entry = schema.page(page)
-    reasons = fingerprint.differences(entry, profile)
-    click.echo(
-        "\n".join(f"{entry.name} would run again: {reason}" for reason in reasons)
-        or f"{entry.name} is up to date in the {profile} profile"
-    )
+    reasons = [f"{entry.name} would run again: {reason}" for reason in fingerprint.differences(entry, profile)]
+    click.echo("\n".join(reasons) or f"{entry.name} is up to date in the {profile} profile")
 
 
 @main.command()
@@ -150,63 +148,52 @@ def why(page, profile):
 @click.option("--commit", required=True, help="The commit that the site has to be made from.")
 def verify(profile, commit):
     """Refuse a built site that is not whole, or not of this profile and commit."""
-    from nsm_book import stage
+    from nsm_book import site
 
-    click.echo(f"whole and new: {stage.verify(profile, commit)} pages")
+    click.echo(f"whole and new: {site.verify(profile, commit)} pages")
 
 
-def step(function):
-    """One of Snakemake's steps: tell the watching build how it went."""
-
-    @functools.wraps(function)
-    def told(profile, page=None):
-        from nsm_book.build import step_lock, told
-
-        with step_lock():
-            click.echo(told(profile, page or function.__name__, lambda: function(profile, page) if page else function(profile)))
-
-    return told
+# The steps of the build and of sweeps, which Snakemake calls.
 
 
 @main.command(hidden=True)
 @click.argument("page")
 @PROFILE
-@step
-def execute(profile, page):
-    """Bring one page of a profile up to date (a step of the build)."""
-    from nsm_book import schema
-    from nsm_book.execute import execute
+def execute(page, profile):
+    """Bring one page of a profile up to date."""
+    from nsm_book import run, schema
 
-    return execute(schema.page(page), profile)
-
-
-@main.command(hidden=True)
-@click.argument("name")
-@click.argument("which")
-def runs(name, which):
-    """Do the runs of one step of a sweep's plan."""
-    from nsm_book.build import step_lock
-    from nsm_book.sweep import run_step
-
-    with step_lock():
-        run_step(name, which)
+    click.echo(f"{run.DONE}{run.execute(schema.page(page), profile)}")
 
 
 @main.command(hidden=True)
 @PROFILE
-@step
-def site(profile):
-    """Read all runs of a profile back into one table, and render the site (a step of the build)."""
-    import time
+def results(profile):
+    """Read all runs of a profile back into the result store."""
+    from nsm_book import fingerprint, run, store
 
-    from nsm_book import collect, schema, stage
+    with run.reasons_kept(fingerprint.store_files(profile)[0]):
+        click.echo(f"{run.DONE}{store.write(profile)}")
 
-    began = time.perf_counter()
-    records = collect.write([entry.run_file(profile) for entry in schema.pages().values()], stage.results(profile, "json"))
-    collect.write_table(records, stage.results(profile, "parquet"))
-    stage.publish(profile)
-    values = sum(len(run["values"]) for run in records)
-    return f"site: {values} values of {len(records)} pages, {time.perf_counter() - began:.1f} s"
+
+@main.command("site", hidden=True)
+@PROFILE
+def render_site(profile):
+    """Render the site of a profile."""
+    from nsm_book import run, site
+
+    with run.reasons_kept(site.card_file(profile)):
+        click.echo(f"{run.DONE}{site.publish(profile)}")
+
+
+@main.command(hidden=True)
+@click.argument("name")
+@click.argument("step")
+def runs(name, step):
+    """Make the runs of one step of a sweep's plan."""
+    from nsm_book import sweep
+
+    sweep.run_step(name, step)
 
 
 if __name__ == "__main__":

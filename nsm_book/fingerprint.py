@@ -1,4 +1,4 @@
-"""What a run depends on, as hashes: equal fingerprints mean that a page need not run again."""
+"""What a run depends on, as hashes: a run whose fingerprint is today's need not be made again."""
 
 import ast
 import hashlib
@@ -10,10 +10,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nsm_book import ROOT
-from nsm_book.schema import BUILD, Page, claims_of, pages, profile_parameters, read_notebook
+from nsm_book.schema import BUILD, ROOT, Page, claims_of, pages, profile_parameters, read_notebook
 
 PINS = ("requirements.txt", "constraints.txt")
+CHANGES = {
+    "source": "its source changed",
+    "claims": "its entries in book/claims.yml changed",
+    "python": "the Python version changed",
+    "parameters": "parameter {}: {} → {}",
+    "files": "the file that parameter {} names changed",
+    "modules": "module {} changed",
+    "pins": "pins: {} changed",
+    "products": "product {} of another page changed",
+}
 
 
 def digest(path: Path) -> str:
@@ -24,11 +33,16 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def digest_of(content: Any) -> str:
+    """The SHA-256 of a JSON value, its first 16 hex digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @cache
 def import_graph():
     import grimp
 
-    return grimp.build_graph("nsm_support", cache_dir=None)  # its cache goes by dates, and would miss what they do not tell
+    return grimp.build_graph("nsm_support", cache_dir=None)  # its cache goes by dates
 
 
 def imported_modules(cells: list[str]) -> list[str]:
@@ -37,8 +51,7 @@ def imported_modules(cells: list[str]) -> list[str]:
     Importing a module runs the `__init__` of every package around it, so these count too. A cell that is no Python
     imports nothing here: running it is what shows its error.
     """
-    graph = import_graph()
-    named = set()
+    graph, named = import_graph(), set()
     for cell in cells:
         try:
             nodes = list(ast.walk(ast.parse(cell)))
@@ -69,46 +82,32 @@ def page_code(page: Page) -> list[str]:
 
 
 @cache
-def _digest_as_of(path: Path, *state: int) -> str:
+def _module_digests(page: Page, source: str) -> dict[str, str]:
+    cells = page_code(page)
+    return {module: digest(module_file(module)) for module in imported_modules(cells)}
+
+
+@cache
+def _digest_of_state(path: Path, *state: int) -> str:
     """`digest`, once for each state of a file: runs of one process share the large files that they are given."""
     return digest(path)
 
 
-def _digest_once(path: Path) -> str:
-    now = path.stat()
-    return _digest_as_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-
-
 def files(given: dict[str, Any]) -> dict[str, Any]:
     """By the parameter that names it, the digest of a file, or of each file in a folder: paths as a kernel finds them."""
-    found = {}
+
+    def cached(path: Path) -> str:
+        now = path.stat()
+        return _digest_of_state(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+    found: dict[str, Any] = {}
     for name, value in given.items():
-        path = os.path.join(ROOT, value) if isinstance(value, str) and value else ""
-        if os.path.isfile(path):
-            found[name] = _digest_once(Path(path))
-        elif os.path.isdir(path):
-            found[name] = {one.name: _digest_once(one) for one in sorted(Path(path).iterdir()) if one.is_file()}
+        path = Path(ROOT, value) if isinstance(value, str) and value and "\0" not in value else None
+        if path and os.path.isfile(path):
+            found[name] = cached(path)
+        elif path and os.path.isdir(path):
+            found[name] = {file.name: cached(file) for file in sorted(path.iterdir()) if file.is_file()}
     return found
-
-
-def fingerprint(page: Page, profile: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Everything a run of this page depends on, part by part.
-
-    Args:
-        parameters: what the run is given; by default what the profile gives.
-    """
-    given = profile_parameters(page, profile) if parameters is None else parameters
-    claims = [claim.model_dump() for claim in claims_of(page.name)]
-    return {
-        "source": digest(page.source),
-        "parameters": json.loads(json.dumps(given)),
-        "files": files(given),
-        "modules": {module: digest(module_file(module)) for module in imported_modules(page_code(page))},
-        "products": {name: digest(product(name, profile)) for name in page.needs},
-        "claims": hashlib.sha256(json.dumps(claims, sort_keys=True).encode()).hexdigest()[:16],
-        "pins": {name: digest(ROOT / name) for name in PINS},
-        "python": ".".join(map(str, sys.version_info[:2])),
-    }
 
 
 def product(name: str, profile: str) -> Path:
@@ -116,118 +115,117 @@ def product(name: str, profile: str) -> Path:
     return BUILD / "products" / profile / name
 
 
-def checksum(*said: dict[str, Any]) -> str:
-    """The SHA-256 of everything that these say, but the checksum that stands among it: 16 hex digits."""
-    told = [{name: value for name, value in one.items() if name != "checksum"} for one in said]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+def store_files(profile: str) -> list[Path]:
+    """The files of a profile's result store."""
+    return [BUILD / "results" / profile / name for name in ("results.json", "results.parquet", "book.json")]
 
 
-def sealed(notebook: dict[str, Any]) -> dict[str, Any]:
+def inputs(page: Page, profile: str) -> dict[str, Path]:
+    """The files that a page reads, by name: products of other pages, and the result store if it asks for that."""
+    store = {path.name: path for path in store_files(profile)} if page.reads_results else {}
+    return {**{name: product(name, profile) for name in page.needs}, **store}
+
+
+def read_digests(page: Page, profile: str) -> dict[str, str]:
+    """The digests of the files that a page reads."""
+    return {name: digest(path) for name, path in inputs(page, profile).items()}
+
+
+def dependencies(page: Page, profile: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All that a run depends on but what it reads of other pages: what Snakemake compares.
+
+    Args:
+        given: the parameters of the run; by default those of the profile.
+    """
+    given = profile_parameters(page, profile) if given is None else given
+    return {
+        "source": digest(page.source),
+        "parameters": json.loads(json.dumps(given)),
+        "files": files(given),
+        "modules": _module_digests(page, digest(page.source)),
+        "claims": digest_of([claim.model_dump() for claim in claims_of(page.name)]),
+        "pins": {name: digest(ROOT / name) for name in PINS},
+        "python": ".".join(map(str, sys.version_info[:2])),
+    }
+
+
+def fingerprint(page: Page, profile: str, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Everything a run of this page depends on, part by part."""
+    return {**dependencies(page, profile, given), "products": read_digests(page, profile)}
+
+
+def with_checksum(notebook: dict[str, Any]) -> dict[str, Any]:
     """An executed notebook with the checksum in it that tells whether it is as it was written."""
-    rest = {name: value for name, value in notebook.items() if name != "metadata"}
-    return {**rest, "metadata": {**notebook["metadata"], "checksum": checksum(rest, notebook["metadata"])}}
+    metadata = {name: value for name, value in notebook["metadata"].items() if name != "checksum"}
+    bare = {**notebook, "metadata": metadata}
+    return {**bare, "metadata": {**metadata, "checksum": digest_of(bare)}}
 
 
 def record(path: Path) -> dict[str, Any]:
     """What a run recorded of itself; empty if there is no run, or it is not as it was written."""
     try:
         notebook = json.loads(path.read_text())
-        return notebook["metadata"]["nsm_book"] if notebook == sealed(notebook) else {}
+        return notebook["metadata"]["nsm_book"] if notebook == with_checksum(notebook) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def differences(page: Page, profile: str, remade: frozenset[str] = frozenset()) -> list[str]:
-    """Why a page has to run: one line for each part of its fingerprint that is not what the last run had.
-
-    Args:
-        remade: products that are about to be made again, and so say nothing yet.
-    """
-    last = record(page.run_file(profile)) or record(set_aside(page, profile))
-    if not last:
-        return ["it has not run in this profile"]
-    old, new = last["fingerprint"], fingerprint(page, profile)
-    lines = [
-        f"its product {name} is not what it made"
-        for name in page.makes
-        if digest(product(name, profile)) != last["made"].get(name)
-    ]
-    names = {
-        "source": f"its source book/{page.name}.md",
-        "claims": "its entries in book/claims.yml",
-        "python": "the Python version",
-    }
-    lines += [f"{text} changed" for part, text in names.items() if old.get(part) != new[part]]
-    kinds = {
-        "parameters": "parameter {}: {} → {}",
-        "files": "the file that parameter {} names changed",
-        "modules": "module {} changed",
-        "pins": "pins: {} changed",
-        "products": "product {} of another page changed",
-    }
-    for part, text in kinds.items():
-        before, after = old.get(part, {}), new[part]
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each part in which two fingerprints differ."""
+    lines = []
+    for part, text in CHANGES.items():
+        before, after = old.get(part), new.get(part)
+        if not isinstance(after, dict):
+            lines += [text] if before != after else []
+            continue
+        before = before if isinstance(before, dict) else {}
         for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name) and not (part == "products" and name in remade):
+            if before.get(name) != after.get(name):
                 lines.append(text.format(name, before.get(name, "default"), after.get(name, "default")))
     return lines
 
 
-def set_aside(page: Page, profile: str) -> Path:
-    """Where the last run lies once it is no longer today's."""
-    return page.run_file(profile).with_suffix(".stale.ipynb")
+def differences(page: Page, profile: str) -> list[str]:
+    """Why a page has to run: one line for each reason."""
+    last = record(page.run_file(profile))
+    if not last:
+        return ["it has not run in this profile"]
+    made = [f"its product {name} is not what it made" for name in damaged_products(page, profile, last)]
+    return made + changes(last["fingerprint"], fingerprint(page, profile))
 
 
-def stale_pages(profile: str) -> list[Page]:
-    """The pages that have to run, as far as can be told before any of them has.
-
-    A page that reads a product of one of these is not among them for that alone: it may be made the same again.
-    """
-    return _stale(list(pages().values()), profile)
-
-
-def _stale(among: list[Page], profile: str) -> list[Page]:
-    """Which of these pages have to run, if all that they take files from are among them."""
-    everything = frozenset(name for page in among for name in page.makes)
-    first = [page for page in among if differences(page, profile, everything)]
-    remade = frozenset(name for page in first for name in page.makes)
-    return [page for page in among if page in first or differences(page, profile, remade)]
+def damaged_products(page: Page, profile: str, last: dict[str, Any]) -> list[str]:
+    return [name for name in page.makes if digest(product(name, profile)) != last["made"].get(name)]
 
 
 def makers(page: Page) -> list[Page]:
     """The pages that have to run before this one, in the order of `book/pages.yml`."""
-    waiting, found = list(page.needs), set()
-    while waiting:
-        product = waiting.pop()
-        maker = next(other for other in pages().values() if product in other.makes)
-        if maker.name not in found:
-            found.add(maker.name)
-            waiting += maker.needs
+    found = {other.name: other for other in pages().values() if set(other.makes) & set(page.needs)}
+    for maker in list(found.values()):
+        found |= {other.name: other for other in makers(maker)}
     return [other for other in pages().values() if other.name in found]
 
 
 def stale_makers(page: Page, profile: str) -> list[Page]:
     """The pages that this one takes files from, and that have to run again."""
-    return _stale(makers(page), profile)
+    return [maker for maker in makers(page) if differences(maker, profile)]
 
 
-def set_aside_stale(profile: str) -> None:
-    """Take the runs whose fingerprint is not today's out of the way, so that they are run again.
-
-    A run that was set aside, and is today's again since a change was taken back, returns to its place.
-    """
-    stale = stale_pages(profile)
+def discard_damaged(profile: str) -> None:
+    """Remove the runs that are not as they were written, whose products are not, or that read other files than there are now:
+    what Snakemake, which compares sources and parameters, does not look at."""
     for page in pages().values():
-        run, aside = page.run_file(profile), set_aside(page, profile)
-        if page in stale and run.exists():
-            run.replace(aside)
-        elif page not in stale and not record(run):
-            aside.replace(run)
+        run = page.run_file(profile)
+        last = record(run)
+        if run.exists() and (
+            not last or damaged_products(page, profile, last) or last["fingerprint"]["products"] != read_digests(page, profile)
+        ):
+            run.unlink()
 
 
 def forget_dates(profile: str) -> None:
-    """Give one date to everything of a profile that stands after whatever is stale was taken away: Snakemake goes by dates,
-    and what a clock that jumped, or an archive, left in the future would be older than nothing made today."""
+    """Give one date to everything of a profile: Snakemake refuses what is newer than what is made from it, as after a clock that
+    jumped, and what it has to compare is compared by content."""
     now = time.time()
     for folder in ("runs", "products", "results"):
         for path in (BUILD / folder / profile).rglob("*"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nsm_book import BookError
-from nsm_book.fingerprint import checksum
+from nsm_book.fingerprint import digest_of
 from nsm_book.schema import BUILD, PROFILES
 from nsm_book.strict import one_line, unknown
 from nsm_book.sweep_table import sweeps
@@ -52,7 +52,7 @@ def read_json(path: Path) -> list[Run]:
     found = []
     try:
         for run in json.loads(path.read_text()):
-            if "checksum" in run and run["checksum"] != checksum(run):
+            if "checksum" in run and run["checksum"] != digest_of({name: run[name] for name in run if name != "checksum"}):
                 raise ValueError(f"the record of {run['page']} is not as it was written")
             values = {key: entry["value"] for key, entry in run["values"].items()}
             found.append(Run(run["page"], dict(run["all_parameters"]), values))

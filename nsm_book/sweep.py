@@ -1,6 +1,5 @@
 """Run what is missing of a sweep, a few runs in a step of Snakemake's, and collect all of it into one table."""
 
-import contextlib
 import json
 import multiprocessing
 import shlex
@@ -13,16 +12,15 @@ from typing import Any
 
 from rich.console import Console
 
-from nsm_book import BookError, build, collect
-from nsm_book.execute import run_into
-from nsm_book.fingerprint import checksum, digest, files, fingerprint, stale_makers
-from nsm_book.schema import BUILD, check_parameters, page, pages, parameters, unknown
-from nsm_book.series import COSTS
+from nsm_book import BookError, workflow
+from nsm_book.fingerprint import digest, digest_of, files, fingerprint, stale_makers
+from nsm_book.run import DONE, only_run, reasons_kept, run_into, whole
+from nsm_book.schema import BUILD, Page, check_parameters, page, parameters, unknown
 from nsm_book.sweep_table import FACTS, Sweep, SweepRun, read_sweep, sweep_folder
 
 STEP_SECONDS = 8.0, 60.0  # what a step takes at least, for it needs more than one to start; and at most, if no run takes longer
 SHORT = 3.0  # seconds: a run that takes less waits for much of them, for its kernel to start and to end
-TOLD = 10  # failed runs that are told with their reasons; all the others are counted
+SHOWN = 10  # failed runs whose reasons are shown; all the others are counted
 SEEN_LATE = 60.0  # seconds that a file which a node of a cluster wrote may take to be seen here
 ROUNDS = 8  # steps for each job, unless they would be too short: so that all jobs end at about the same time
 
@@ -34,12 +32,13 @@ def finished(sweep: Sweep) -> dict[str, dict[str, Any]]:
         place = sweep.folder / run.id
         try:
             (record,) = json.loads((place / "results.json").read_text())
-            whole = {"run.ipynb": record["digest"], **record["made"]}
+            checksum = record.pop("checksum")
+            written = {"run.ipynb": record["digest"], **record["made"]}
             given = {"parameters": json.loads(json.dumps(run.parameters)), "files": files(run.parameters)}
             if (
                 record["fingerprint"] == {**today, **given}
-                and record["checksum"] == checksum(record)
-                and all(digest(place / name) == printed for name, printed in whole.items())
+                and checksum == digest_of(record)
+                and all(digest(place / name) == value for name, value in written.items())
             ):
                 found[run.id] = record
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -51,15 +50,12 @@ def write_plan(sweep: Sweep, todo: list[SweepRun], seconds: float, jobs: int) ->
     """Write down what Snakemake has to do: steps of a few runs each, of that many seconds a run; and return it."""
     least, most = (int(limit / max(seconds, 1e-3)) for limit in STEP_SECONDS)
     size = max(1, min(most, -(-len(todo) // jobs), max(least, len(todo) // (ROUNDS * jobs))))
-    slices = [todo[start : start + size] for start in range(0, len(todo), size)]
-    plan = {
-        "page": sweep.page.name,
-        "profile": sweep.profile,
-        "at_once": 2 if seconds < SHORT and size > 1 and jobs > 1 else 1,
-        "steps": {f"{part[0].id}-{len(part)}": [run._asdict() for run in part] for part in slices},
-    }
+    parts = [todo[start : start + size] for start in range(0, len(todo), size)]
+    at_once = 2 if seconds < SHORT and size > 1 and jobs > 1 else 1
+    steps = {f"{part[0].id}-{len(part)}": [[run.id, run.label, run.parameters] for run in part] for part in parts}
+    plan = {"page": sweep.page.name, "profile": sweep.profile, "at_once": at_once, "steps": steps}
     shutil.rmtree(sweep.folder / "steps", ignore_errors=True)
-    with collect.whole(sweep.folder / "plan.json") as path:
+    with whole(sweep.folder / "plan.json") as path:
         path.write_text(json.dumps(plan))
     return plan
 
@@ -70,7 +66,7 @@ def read_plan(name: str) -> dict[str, Any]:
 
 
 def run_step(name: str, step: str) -> None:
-    """Do the runs of one step, each in a process of its own that has papermill loaded already: one after the other, or, if
+    """Make the runs of one step, each in a process of its own that has papermill loaded already: one after the other, or, if
     they are short, two at once, so that one works while the other waits.
 
     Raises:
@@ -80,40 +76,36 @@ def run_step(name: str, step: str) -> None:
     import jupytext  # noqa: F401
     import papermill  # noqa: F401
 
-    plan, failed, running = read_plan(name), [], []
+    plan, failed = read_plan(name), []
+    running: list[tuple[str, Any]] = []
 
     def end_first() -> None:
-        what, process = running.pop(0)
+        id, process = running.pop(0)
         process.join()
         if process.exitcode:
-            failed.append(what)
-        if process.exitcode < 0:
-            with contextlib.suppress(OSError):  # a full disk must not keep the others from running
-                build.note_state(plan["profile"], what, "failed", f"its process was killed by signal {-process.exitcode}")
+            failed.append(id)
 
-    for entry in plan["steps"].get(step, ()):
+    for id, label, given in plan["steps"].get(step, ()):
         if len(running) == plan["at_once"]:
             end_first()
-        what = _what(plan["page"], entry["id"])
-        process = multiprocessing.get_context("fork").Process(target=_one_run, args=(name, plan, entry, what))
+        process = multiprocessing.get_context("fork").Process(target=_make_run, args=(name, plan, id, label, given))
         process.start()
-        running.append((what, process))
+        running.append((id, process))
     while running:
         end_first()
     if failed:
         raise BookError(f"failed: {', '.join(failed)}")
 
 
-def _one_run(name: str, plan: dict[str, Any], entry: dict[str, Any], what: str) -> None:
-    def work() -> str:
-        about = page(plan["page"])
-        run_into(sweep_folder(name) / entry["id"], about, plan["profile"], check_parameters(about, entry["parameters"]))
-        return f"{entry['label'] or 'defaults'}: done"
-
+def _make_run(name: str, plan: dict[str, Any], id: str, label: str, given: dict[str, Any]) -> None:
+    about, place, began = page(plan["page"]), sweep_folder(name) / id, time.perf_counter()
     try:
-        build.told(plan["profile"], what, work)
+        place.mkdir(parents=True, exist_ok=True)
+        with only_run(place), reasons_kept(place / "run.ipynb"):
+            run_into(place, about, plan["profile"], check_parameters(about, given))
+        print(f"{DONE}{label or 'defaults'}: {time.perf_counter() - began:.1f} s", flush=True)
     except BookError as error:
-        print(error, file=sys.stderr)
+        print(f"{DONE}{label or 'defaults'}: FAILED\n{error}", flush=True)
         sys.exit(1)
 
 
@@ -132,19 +124,12 @@ def collect_table(sweep: Sweep, records: dict[str, dict[str, Any]]) -> None:
     for run in sweep.runs.values():
         record = records.get(run.id, {})
         values = record.get("values", {})
-        rows.append(
-            {
-                "run": run.id,
-                "page": sweep.page.name,
-                "profile": sweep.profile,
-                "status": "done" if record else "failed",
-                **{fact: record.get(fact) for fact in FACTS},
-                **{f"parameters.{name}": value for name, value in (defaults | run.parameters).items()},
-                **{f"values.{key}": values.get(key, {}).get("value") for key in keys},
-            }
-        )
+        about = {"run": run.id, "page": sweep.page.name, "profile": sweep.profile, "status": "done" if record else "failed"}
+        about |= {fact: record.get(fact) for fact in FACTS}
+        about |= {f"parameters.{name}": value for name, value in (defaults | run.parameters).items()}
+        rows.append(about | {f"values.{key}": values.get(key, {}).get("value") for key in keys})
     columns = {name: _column([row[name] for row in rows]) for name in rows[0]}
-    with collect.whole(sweep.table) as path:
+    with whole(sweep.table) as path:
         pyarrow.parquet.write_table(pyarrow.table(columns), path, write_page_checksum=True)
 
 
@@ -153,8 +138,8 @@ def _column(values: list) -> list:
     kinds = {type(value) for value in values} - {type(None)}
     if len(kinds) < 2:
         return values
-    one = str if str in kinds else float
-    return [None if value is None else one(value) for value in values]
+    kind = str if str in kinds else float
+    return [None if value is None else kind(value) for value in values]
 
 
 def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str:
@@ -176,80 +161,88 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
             "line without quotes. Accepts letters, digits and @%+=:,./-_"
         )
     log = BUILD / "log" / f"sweep-{name}.txt"
-    with build.only_build(console) as lock:
-        before, first = finished(sweep), [maker.name for maker in stale_makers(sweep.page, sweep.profile)]
+    with workflow.only_build(console) as lock:
+        records = finished(sweep)
+        waiting_for = stale_makers(sweep.page, sweep.profile)
         # What a page that has to run again makes may be another file: then every run looks for itself.
-        todo = [run for run in sweep.runs.values() if first or run.id not in before]
-        code, states = 0, {}
-        # Those that began and did not end come last: one that hangs, and ends its whole job, keeps no other from running.
-        todo.sort(key=lambda run: (sweep.folder / run.id).exists())
-        if todo:
-            for left in [path for run in todo for path in (sweep.folder / run.id).glob(".*")]:  # of a run that was killed
-                left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
-            took, known = [record["seconds"] for record in before.values()], build.known_seconds(sweep.profile)
-            seconds = statistics.median(took) if took else known.get(sweep.page.name, sweep.page.budget[sweep.profile])
-            plan = write_plan(sweep, todo, seconds, jobs)
-            expected = {maker: known.get(maker, pages()[maker].budget[sweep.profile]) for maker in first}
-            expected |= {_what(sweep.page.name, run.id): seconds for run in todo}
-            console.print(
-                f"{len(todo)} of {len(sweep.runs)} runs to do, {'at most' if profile_dir else 'on'} {jobs} "
-                f"{'jobs' if profile_dir else 'cores'} at a time",
-                highlight=False,
-            )
-            where = (
-                ["--profile", str(profile_dir.resolve()), "--jobs", str(jobs)]
-                if profile_dir
-                else ["--cores", str(jobs), *build.room()]
-            )
-            words = ["sweep", *where, "--config", f"profile={sweep.profile}", f"plan=_build/sweeps/{name}/plan.json"]
-            wide = (jobs if profile_dir else max(1, jobs // sweep.page.cores)) * plan["at_once"]
-            code = build.snakemake(words, sweep.profile, expected, jobs, console, lock=lock, log=log, runs_at_once=wide)
-            states = build.read_states(sweep.profile)
-        why = build.failures(code, states)
-        told = [message for what, message in why.items() if " " not in what]
-        if code:
-            told += build.last_words(code, log, list(why.values()))
-        behind = [maker.name for maker in stale_makers(sweep.page, sweep.profile)] if first else []
-        unbegun = code < 0 or (code > 0 and not any(_what(sweep.page.name, run.id) in states for run in todo))
-        if behind or unbegun:
-            needs = f"needs {', '.join(behind)}; " if behind else ""
-            told.append(f"sweep {name}: {needs}its table was left as it was. Snakemake's own log: {log}")
-            raise BookError("\n\n".join(told))
-        records, until = finished(sweep), time.monotonic() + SEEN_LATE
-        while (
-            profile_dir
-            and time.monotonic() < until
-            and any(
-                run not in records and (not code or states.get(_what(sweep.page.name, run), {}).get("state") == "done")
-                for run in sweep.runs
-            )
-        ):
-            time.sleep(1)  # these runs ended well, so their files will be seen
-            records, states = finished(sweep), build.read_states(sweep.profile)
-            why = build.failures(code, states)
+        todo = [run for run in sweep.runs.values() if waiting_for or run.id not in records]
+        reasons = _make_missing(sweep, todo, records, waiting_for, jobs, profile_dir, console, lock, log)
+        records = _records_after(sweep, wait=bool(profile_dir and todo))
         collect_table(sweep, records)
     failed = [run for run in sweep.runs.values() if run.id not in records]
-    for run in failed[:TOLD]:
-        reason = why.get(_what(sweep.page.name, run.id), "it did not end, or its page changed meanwhile")
-        told.append(f"{run.label or 'defaults'} ({run.id}): {reason}")
-    if len(failed) > TOLD:
-        told.append(f"and {len(failed) - TOLD} more")
+    for run in failed[:SHOWN]:
+        reason = workflow.failure(sweep.folder / run.id / "run.ipynb", "it did not end, or its page changed meanwhile")
+        reasons.append(f"{run.label or 'defaults'} ({run.id}): {reason}")
+    if len(failed) > SHOWN:
+        reasons.append(f"and {len(failed) - SHOWN} more")
     if failed:
-        raise BookError(
-            "\n\n".join(
-                [
-                    *told,
-                    f"sweep {name}: {len(failed)} of {len(sweep.runs)} runs failed; "
-                    f"{sweep.table} holds the others. Snakemake's own log: {log}",
-                ]
-            )
-        )
-    keys = [*dict.fromkeys(key for record in records.values() for key in record["values"]), *COSTS]
+        ending = f"{sweep.table} holds the others. Snakemake's own log: {log}"
+        reasons.append(f"sweep {name}: {len(failed)} of {len(sweep.runs)} runs failed; {ending}")
+        raise BookError("\n\n".join(reasons))
+    keys = [*dict.fromkeys(key for record in records.values() for key in record["values"]), "seconds", "peak_memory_mb"]
     if sweep.measure is not None and sweep.measure not in keys:
         raise BookError(f"sweep {name}: all runs are done, but {unknown('measure', sweep.measure, keys)}")
     return f"sweep {name}: {len(sweep.runs)} runs, all done: {sweep.table}"
 
 
-def _what(page: str, id: str) -> str:
-    """What the build that watches calls a run."""
-    return f"{page} {id}"
+def _make_missing(
+    sweep: Sweep, todo: list[SweepRun], records: dict, waiting_for: list[Page], jobs: int, profile_dir: Path | None,
+    console: Console, lock, log: Path,
+) -> list[str]:  # fmt: skip
+    """Let Snakemake make the runs that are missing, and the pages before them; return what there is to say of pages
+    that failed.
+
+    Raises:
+        BookError: if the table has to stay as it was.
+    """
+    if not todo:
+        return []
+    # Those that began and did not end come last: one that hangs, and ends its whole job, keeps no other from running.
+    todo.sort(key=lambda run: (sweep.folder / run.id).exists())
+    for run in todo:
+        (sweep.folder / run.id / "run.failed.txt").unlink(missing_ok=True)
+    progression = workflow.expectation(sweep.profile, jobs)
+    own = progression.expected[workflow.rule_name(sweep.page)]
+    seconds = statistics.median([record["seconds"] for record in records.values()] or [own])
+    plan = write_plan(sweep, todo, seconds, jobs)
+    where, cores = ("at most", "jobs") if profile_dir else ("on", "cores")
+    console.print(f"{len(todo)} of {len(sweep.runs)} runs to do, {where} {jobs} {cores} at a time", highlight=False)
+    place = ["--profile", str(profile_dir.resolve()), "--jobs", str(jobs)] if profile_dir else ["--cores", str(jobs)]
+    place += [] if profile_dir else workflow.memory_of_machine()
+    words = ["sweep", *place, "--config", f"profile={sweep.profile}", f"plan=_build/sweeps/{sweep.name}/plan.json"]
+    code = workflow.snakemake(words, progression, console, lock, log, workflow.RunCount(len(todo)))
+    pages_failed = [page for page in waiting_for if workflow.rule_name(page) in progression.failed]
+    reasons = [workflow.failure(page.run_file(sweep.profile), page.name) for page in pages_failed]
+    began = any((sweep.folder / "steps" / step).exists() for step in plan["steps"]) or any(
+        (sweep.folder / run.id).exists() for run in todo
+    )
+    behind = stale_makers(sweep.page, sweep.profile) if waiting_for else []
+    if code:
+        reasons += workflow.why_it_ended(code, log, reasons or (["failed"] if began else []))
+    if behind or code < 0 or (code and not began):
+        needs = f"needs {', '.join(page.name for page in behind)}; " if behind else ""
+        reasons.append(f"sweep {sweep.name}: {needs}its table was left as it was. Snakemake's own log: {log}")
+        raise BookError("\n\n".join(reasons))
+    return reasons
+
+
+def _records_after(sweep: Sweep, wait: bool) -> dict[str, dict[str, Any]]:
+    """The records of the finished runs. What a node of a cluster wrote may be seen late: a run of a step that ended well is
+    waited for, and for a while one that gave no reason why it should have failed."""
+    records, began = finished(sweep), time.monotonic()
+    steps = read_plan(sweep.name)["steps"] if wait else {}
+
+    def late() -> bool:
+        waited = time.monotonic() - began
+        for step, runs in steps.items():
+            ended_well = (sweep.folder / "steps" / step).exists()
+            for id, *_ in runs:
+                silent = (sweep.folder / id).exists() and not (sweep.folder / id / "run.failed.txt").exists()
+                if id not in records and waited < (SEEN_LATE if ended_well else SEEN_LATE / 6 if silent else 0):
+                    return True
+        return False
+
+    while late():
+        time.sleep(1)
+        records = finished(sweep)
+    return records

@@ -30,6 +30,15 @@ kernelspec:
 """  # of a page that a test writes
 
 
+def small_book(folder: Path) -> None:
+    """The small book, with the real one's pages that show results."""
+    shutil.copytree(SMALL, folder, dirs_exist_ok=True)
+    for name in ("_static", "results"):
+        shutil.copytree(ROOT / "book" / name, folder / "book" / name, dirs_exist_ok=True)
+    (folder / "book/reference").mkdir()
+    shutil.copy(ROOT / "book/reference/parameters.md", folder / "book/reference")
+
+
 class Checkout:
     """A copy of the project in a folder of its own, holding the small book."""
 
@@ -42,8 +51,7 @@ class Checkout:
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, folder / name)
-        shutil.copytree(SMALL, folder, dirs_exist_ok=True)
-        shutil.copytree(ROOT / "book" / "_static", folder / "book" / "_static", dirs_exist_ok=True)
+        small_book(folder)
 
     def environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("NSM_BOOK", "PYTEST"))}
@@ -99,7 +107,7 @@ def copy(built, tmp_path) -> Checkout:
 def small(monkeypatch, tmp_path):
     """The small book in place of the real one, in this process; returns a function that writes a sweep, or the CSV file of its
     rows, and reads it."""
-    shutil.copytree(SMALL / "book", tmp_path / "book")
+    small_book(tmp_path)
     (tmp_path / "book/sweeps").mkdir()
     monkeypatch.setattr(schema, "BOOK", tmp_path / "book")
 

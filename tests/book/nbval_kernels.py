@@ -10,11 +10,10 @@ from pathlib import Path
 
 import nbformat
 
-from nsm_book.collect import whole
-from nsm_book.execute import environment
 from nsm_book.fingerprint import digest, product
-from nsm_book.runs import read_reruns, rerun_record
+from nsm_book.run import environment, whole
 from nsm_book.schema import pages
+from nsm_book.store import read_reruns, rerun_record
 
 
 class Rerun:
@@ -22,7 +21,8 @@ class Rerun:
 
     def __init__(self, profile: str):
         self.profile = profile
-        self.runs = {page.name: page.run_file(profile) for page in pages().values() if page.run_file(profile).exists()}
+        there = [page for page in pages().values() if page.run_file(profile).exists() and not page.reads_results]
+        self.runs = {page.name: page.run_file(profile) for page in there}
         self.before = {name: digest(run) for name, run in self.runs.items()}
         self.outcomes: dict[str, dict[str, bool]] = {name: {} for name in self.runs}
 
@@ -47,7 +47,7 @@ class Rerun:
 def pytest_configure(config):
     profile = Path(config.args[-1]).name
     config.nbval_store = tempfile.TemporaryDirectory(prefix="nsm-book-nbval-")
-    os.environ.update(environment(needs=product("", profile), makes=Path(config.nbval_store.name)))
+    os.environ.update(environment(profile, needs=product("", profile), makes=Path(config.nbval_store.name)))
     if not hasattr(config, "workerinput"):  # the one process that hears of all cells
         config.pluginmanager.register(Rerun(profile))
 

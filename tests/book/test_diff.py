@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from nsm_book import BookError, collect, diff, stores
+from nsm_book import BookError, diff, store, stores
 from nsm_book.cli import main
 from nsm_book.diff import BEYOND, OTHER, VERDICTS, Shown
+from nsm_book.fingerprint import digest_of
 from nsm_book.stores import Run, read_store
 
 
@@ -119,7 +120,7 @@ def test_one_run_twice_in_a_store_is_refused():
 def test_all_kinds_of_stores_hold_the_same(tmp_path):
     records = [record(**estimate("mean", 2.0, 1.0, 3.0), word="yes", flag=True), record("group/second", {"power": 2}, total=14.0)]
     (tmp_path / "results.json").write_text(json.dumps(records))
-    collect.write_table(records, tmp_path / "results.parquet")
+    store.write_table(records, tmp_path / "results.parquet")
     for number, entry in enumerate(records):
         (tmp_path / "runs" / str(number)).mkdir(parents=True)
         (tmp_path / "runs" / str(number) / "results.json").write_text(json.dumps([entry]))
@@ -166,8 +167,8 @@ def test_what_is_no_store_is_refused(tmp_path, name, content, told):
 
 def test_a_damaged_store_that_can_still_be_read_is_refused(tmp_path):
     records = [record(**estimate("mean", 2.0, 1.0, 3.0), c_verdict="supported")]
-    collect.write_table(records, tmp_path / "results.parquet")
-    records[0]["checksum"] = collect.checksum(records[0])
+    store.write_table(records, tmp_path / "results.parquet")
+    records[0]["checksum"] = digest_of({name: records[0][name] for name in records[0] if name != "checksum"})
     (tmp_path / "results.json").write_text(json.dumps(records))
     assert read_store(str(tmp_path / "results.parquet")) == read_store(str(tmp_path / "results.json"))
     for path in tmp_path.iterdir():

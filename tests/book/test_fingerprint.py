@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from nsm_book import schema
-from nsm_book.execute import slug
 from nsm_book.fingerprint import fingerprint, imported_modules, page_code
+from nsm_book.run import folder_name
 
 
 def really_imported(cells: list[str]) -> set[str]:
@@ -48,10 +48,10 @@ def test_a_run_depends_on_what_is_in_the_files_that_its_parameters_name(tmp_path
 
 
 def test_folder_names_are_readable_safe_and_never_shared():
-    assert slug({"count": 3, "kind": "up"}) == "count=3,kind=up"
-    assert slug({}) == "defaults"
-    assert slug({"a": "1,b=2"}) != slug({"a": "1", "b": "2"})
-    assert slug({"a": 1, "b": 2}) == slug({"b": 2, "a": 1})
+    assert folder_name({"count": 3, "kind": "up"}) == "count=3,kind=up"
+    assert folder_name({}) == "defaults"
+    assert folder_name({"a": "1,b=2"}) != folder_name({"a": "1", "b": "2"})
+    assert folder_name({"a": 1, "b": 2}) == folder_name({"b": 2, "a": 1})
     odd = [
         {"name": "../../etc"},
         {"name": ".._.._etc"},
@@ -60,6 +60,6 @@ def test_folder_names_are_readable_safe_and_never_shared():
         {"name": "x" * 300},
         {"name": "x" * 301},
     ]
-    names = [slug(given) for given in odd]
+    names = [folder_name(given) for given in odd]
     assert len(set(names)) == len(names)
     assert all("/" not in name and len(name) <= 80 for name in names)

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import strategies as st
 
 from nsm_book import BookError, gate
-from nsm_book.fingerprint import record, sealed
+from nsm_book.fingerprint import record, with_checksum
 from nsm_book.schema import Page, Parameter
 from nsm_support.blockffn.checkpoint import load_checkpoint
 from nsm_support.results import GLUE_MIME, read_product
@@ -203,7 +203,7 @@ def test_a_page_with_a_script_is_not_published(harmed, tmp_path):
     run.write_text(nbformat.writes(notebook))
     code, output = book.book("site")
     assert code == 1 and "group/second.ipynb is not today's" in output, output  # its checksum does not fit
-    run.write_text(json.dumps(sealed(json.loads(nbformat.writes(notebook)))))
+    run.write_text(json.dumps(with_checksum(json.loads(nbformat.writes(notebook)))))
     code, output = book.book("site")
     assert code == 1 and "group/second, cell 3 (from nsm_support.metrics" in output and "<p onclick='hit(1)'>" in output, output
     cell = "from IPython.display import Javascript\nJavascript('hit(1)')"

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nsm_book
-from nsm_book import BookError, execute, schema, sweep_table
+from nsm_book import BookError, schema, sweep_table
+from nsm_book.run import folder_name, reproduce_line
 from nsm_book.sweep_table import SweepFile
 
 FIRST = "page: group/first\n"
@@ -307,9 +308,9 @@ def test_any_value_of_any_parameter_is_accepted_as_it_is_or_refused():
         assert json.loads(json.dumps(found).encode()) == found
         code = PythonTranslator.translate(found)  # what papermill writes into the kernel's cell: a literal, and no more
         assert "\n" not in code and ast.literal_eval(code) == found
-        again = shlex.split(execute.reproduce_line(page, "full", {parameter.name: found}))
+        again = shlex.split(reproduce_line(page, "full", {parameter.name: found}))
         assert schema.check_parameters(page, {again[6]: again[7]}) == {parameter.name: found} and "\0" not in again[7]
-        name = execute.slug({parameter.name: found})
+        name = folder_name({parameter.name: found})
         assert "/" not in name and "\0" not in name and name.strip(".") and len(f"quick,{name}".encode()) < 256
 
     for kind, value in itertools.product(sorted(by_type), PIECES):

@@ -14,7 +14,7 @@ import pandas
 import pytest
 from rich.console import Console
 
-from nsm_book import BookError, build, fingerprint, gate, schema, sweep, sweep_table
+from nsm_book import BookError, fingerprint, gate, run, schema, sweep, sweep_table, workflow
 from nsm_book.schema import Page
 from tests.conftest import Checkout
 
@@ -24,17 +24,42 @@ kernel = pytest.mark.kernel
 FIRST = "page: group/first\n"
 
 
-def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(schema, "BUILD", tmp_path)
-    monkeypatch.setattr(sweep, "BUILD", tmp_path)
-    found = small("x.yml", FIRST + f"seeds: {list(range(200))}\n")
+@pytest.fixture
+def here(small, monkeypatch, tmp_path):
+    """The small book in this process, building in a folder of its own."""
+    for module in (schema, sweep, workflow, fingerprint, run):
+        monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
+    return small
+
+
+def ends(found, code=0, fine=(), failed=()):
+    """In place of Snakemake: some runs end well, and so do their steps, some fail with a reason."""
+
+    def snakemake(words, progression, console, lock, log, runs):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("there is no such executor")
+        for id in (*fine, *failed):
+            (found.folder / id).mkdir(parents=True)
+        for id in failed:
+            (found.folder / id / "run.failed.txt").write_text("unlucky")
+        (found.folder / "steps").mkdir(exist_ok=True)
+        for step, planned in sweep.read_plan("x")["steps"].items():
+            if {id for id, *_ in planned} <= set(fine):
+                (found.folder / "steps" / step).touch()
+        return code
+
+    return snakemake
+
+
+def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(here):
+    found = here("x.yml", FIRST + f"seeds: {list(range(200))}\n")
 
     def sizes(seconds: float, jobs: int) -> list[int]:
         sweep.write_plan(found, list(found.runs.values()), seconds, jobs)
         steps = sweep.read_plan("x")["steps"].values()
         several = max(map(len, steps)) > 1
         assert sweep.read_plan("x")["at_once"] == (2 if seconds < 3 and several else 1)  # short runs wait for their kernels
-        assert [run["id"] for step in steps for run in step] == list(found.runs)
+        assert [id for step in steps for id, *_ in step] == list(found.runs)
         return [len(step) for step in steps]
 
     assert sizes(1.0, 2) == [12] * 16 + [8]
@@ -43,92 +68,55 @@ def test_a_plan_has_every_run_once_in_steps_of_a_minute_at_most(small, monkeypat
     assert sizes(0.5, 8) == [16] * 12 + [8] and sizes(5.0, 8) == [3] * 66 + [2]
 
 
-def test_a_measure_that_no_run_has_is_told_at_the_end(small, monkeypatch, tmp_path):
-    for module in (schema, sweep, build):
-        monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
-    monkeypatch.setattr(sweep, "stale_makers", lambda page, profile: [])
+def test_a_measure_that_no_run_has_is_refused_at_the_end(here, monkeypatch):
     monkeypatch.setattr(sweep, "finished", lambda found: {id: {"values": {"mean": {"value": 2.0}}} for id in found.runs})
-    small("x.yml", FIRST + "measure: mean\ngrid: {count: [3, 4]}\n")
+    here("x.yml", FIRST + "measure: mean\ngrid: {count: [3, 4]}\n")
     assert "2 runs, all done" in sweep.run("x", 2, None, Console())
-    small("x.yml", FIRST + "measure: maen\ngrid: {count: [3, 4]}\n")
+    here("x.yml", FIRST + "measure: maen\ngrid: {count: [3, 4]}\n")
     with pytest.raises(BookError, match="all runs are done, but unknown measure 'maen'; nearest: mean; accepted: mean, seconds"):
         sweep.run("x", 2, None, Console())
 
 
-def test_many_failures_are_counted_and_what_began_comes_last(small, monkeypatch, tmp_path):
-    for module in (schema, sweep, build):
-        monkeypatch.setattr(module, "BUILD", tmp_path)
+def test_many_failures_are_counted_and_what_began_comes_last(here, monkeypatch):
+    found = here("x.yml", FIRST + f"seeds: {list(range(40))}\n")
     monkeypatch.setattr(sweep, "finished", lambda found: {})
-    monkeypatch.setattr(sweep, "collect_table", lambda found, records: None)
-    monkeypatch.setattr(build, "snakemake", lambda *words, **others: 0)
-    runs = list(small("x.yml", FIRST + f"seeds: {list(range(40))}\n").runs)
+    monkeypatch.setattr(workflow, "snakemake", ends(found))
+    runs = list(found.runs)
     for begun in (runs[0], runs[7]):
-        (tmp_path / "sweeps/x" / begun).mkdir(parents=True)
-    with pytest.raises(BookError, match="40 of 40 runs failed") as told:
+        (found.folder / begun).mkdir(parents=True)
+    with pytest.raises(BookError, match="40 of 40 runs failed") as error:
         sweep.run("x", 2, None, Console())
-    assert str(told.value).count("it did not end") == 10 and "and 30 more" in str(told.value)
-    planned = [run["id"] for step in sweep.read_plan("x")["steps"].values() for run in step]
+    assert str(error.value).count("without a word") == 10 and "and 30 more" in str(error.value)
+    planned = [id for step in sweep.read_plan("x")["steps"].values() for id, *_ in step]
     assert planned == [run for run in runs if run not in (runs[0], runs[7])] + [runs[0], runs[7]]
 
 
 @pytest.mark.parametrize("code", [1, -9])
-def test_a_sweep_of_which_no_run_began_or_that_was_killed_leaves_its_table(small, monkeypatch, tmp_path, code):
-    for module in (schema, sweep, build):
-        monkeypatch.setattr(module, "BUILD", tmp_path)
-    found = small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
-    sweep_table.sweep_folder("x").mkdir(parents=True)
-    sweep_table.sweep_folder("x").with_name("x.parquet").write_text("of all runs")
-
-    def snakemake(*words, log, **others):
-        log.parent.mkdir(exist_ok=True)
-        log.write_text("there is no such executor")
-        if code < 0:  # one run had ended by then
-            build.note_state("full", f"group/first {next(iter(found.runs))}", "done")
-        return code
-
+def test_a_sweep_of_which_no_run_began_or_that_was_killed_leaves_its_table(here, monkeypatch, code):
+    found = here("x.yml", FIRST + "grid: {count: [3, 4]}\n")
+    found.folder.mkdir(parents=True)
+    found.table.write_text("of all runs")
     monkeypatch.setattr(sweep, "finished", lambda found: {})
-    monkeypatch.setattr(build, "snakemake", snakemake)
-    with pytest.raises(BookError, match="sweep x: its table was left as it was") as told:
+    monkeypatch.setattr(workflow, "snakemake", ends(found, code, fine=[*found.runs][:1] if code < 0 else ()))
+    with pytest.raises(BookError, match="sweep x: its table was left as it was") as error:
         sweep.run("x", 2, None, Console())
-    assert ("there is no such executor" if code > 0 else "Snakemake was killed by signal 9") in str(told.value)
-    assert sweep_table.sweep_folder("x").with_name("x.parquet").read_text() == "of all runs"
+    assert ("there is no such executor" if code > 0 else "Snakemake was killed by signal 9") in str(error.value)
+    assert found.table.read_text() == "of all runs"
 
 
-def test_what_a_node_wrote_is_waited_for_though_another_run_failed(small, monkeypatch, tmp_path):
-    for module in (schema, sweep, build):
-        monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
-    found = small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
+def test_what_a_node_wrote_is_waited_for_though_another_run_failed(here, monkeypatch, tmp_path):
+    found = here("x.yml", FIRST + "grid: {count: [3, 4]}\n")
     fine, bad = found.runs
     looks = [{}, {}, {}, {fine: {"seconds": 1.0, "values": {}}}]
-
-    def snakemake(*words, **others):
-        build.note_state("full", f"group/first {fine}", "done")
-        build.note_state("full", f"group/first {bad}", "failed", "unlucky")
-        return 1
-
     monkeypatch.setattr(sweep, "finished", lambda found: looks.pop(0))
-    monkeypatch.setattr(build, "snakemake", snakemake)
-    with pytest.raises(BookError, match="unlucky\n\nsweep x: 1 of 2 runs failed"):
+    monkeypatch.setattr(workflow, "snakemake", ends(found, 1, [fine], [bad]))
+    with pytest.raises(BookError, match=r"count=4 \(\w+\): unlucky\n\nsweep x: 1 of 2 runs failed"):
         sweep.run("x", 2, tmp_path, Console())
     assert not looks
 
 
-def test_what_a_node_wrote_may_be_seen_late(small, monkeypatch, tmp_path):
-    for module in (schema, sweep, build):
-        monkeypatch.setattr(module, "BUILD", tmp_path / "_build")
-    found = small("x.yml", FIRST + "grid: {count: [3, 4]}\n")
-    one = {"seconds": 1.0, "values": {}}
-    looks = [{}, {}, dict.fromkeys([*found.runs][:1], one), dict.fromkeys(found.runs, one)]
-    monkeypatch.setattr(sweep, "finished", lambda found: looks.pop(0))
-    monkeypatch.setattr(build, "snakemake", lambda *words, **others: 0)
-    assert "2 runs, all done" in sweep.run("x", 2, tmp_path, Console()) and not looks
-
-
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_a_step_goes_on_past_runs_that_fail_and_are_killed(small, monkeypatch, tmp_path, at_once):
-    for module in (schema, sweep, build):
-        monkeypatch.setattr(module, "BUILD", tmp_path)
-
+def test_a_step_goes_on_past_runs_that_fail_and_are_killed(here, monkeypatch, at_once, capfd):
     def run_into(place, page, profile, given):  # in place of a kernel
         if given["count"] == 13:
             raise BookError("unlucky")
@@ -136,36 +124,52 @@ def test_a_step_goes_on_past_runs_that_fail_and_are_killed(small, monkeypatch, t
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(sweep, "run_into", run_into)
-    found = small("x.yml", FIRST + "grid: {count: [13, 14, 3]}\n")
-    plan = {
-        "page": "group/first",
-        "profile": "full",
-        "at_once": at_once,
-        "steps": {"a": [run._asdict() for run in found.runs.values()]},
-    }
+    found = here("x.yml", FIRST + "grid: {count: [13, 14, 3]}\n")
+    steps = {"a": [[run.id, run.label, run.parameters] for run in found.runs.values()]}
     found.folder.mkdir(parents=True)
+    plan = {"page": "group/first", "profile": "full", "at_once": at_once, "steps": steps}
     (found.folder / "plan.json").write_text(json.dumps(plan))
-    unlucky, killed, done = (f"group/first {id}" for id in found.runs)
+    unlucky, killed, _ = found.runs
     with pytest.raises(BookError, match=f"^failed: {unlucky}, {killed}$"):
         sweep.run_step("x", "a")
-    states = build.read_states("full")
-    assert states[unlucky]["message"] == "unlucky" and "killed by signal 9" in states[killed]["message"]
-    assert [states[name]["state"] for name in (unlucky, killed, done)] == ["failed", "failed", "done"]
+    output = capfd.readouterr().out
+    assert "✓ count=13: FAILED" in output and "✓ count=3: 0." in output
+    assert workflow.failure(found.folder / unlucky / "run.ipynb", "it") == "unlucky"
+    assert workflow.failure(found.folder / killed / "run.ipynb", "it").startswith("it: its process or job ended without a word")
     sweep.run_step("x", "a step of an older plan")  # has nothing to do
 
 
-def test_the_time_left_learns_from_the_runs_that_ended(monkeypatch):
-    entry = Page(name="a", budget={"quick": 1, "full": 1}, memory=1)
-    monkeypatch.setattr(build, "pages", lambda: {"a": entry})
-    expected = {"a 1": 100.0, "a 2": 100.0, "a 3": 100.0, "a 4": 100.0}
-    assert build.seconds_left(expected, {}, 2) == (0.0, 400.0)
-    ended = {"a 1": {"state": "done", "seconds": 4.0}, "a 2": {"state": "failed", "seconds": 0.0}}
-    assert build.seconds_left(expected, ended, 2) == (0.5, 8.0)
-    running = ended | {"a 3": {"state": "running", "at": time.time() - 1}}
-    share, left = build.seconds_left(expected, running, 2)
-    assert share == pytest.approx(9 / 16, abs=0.01) and left == pytest.approx(7, abs=0.2)
-    assert build.seconds_left(expected, running, 2, runs_at_once=2)[1] == pytest.approx(7 / 2, abs=0.1)
-    assert build.seconds_left(expected, running, 2, runs_at_once=100)[1] == pytest.approx(7 / 2, abs=0.1)  # two are left
+PLAN = """Job stats:
+job            count
+-----------  -------
+page_a             1
+page_b             1
+site               1
+book               1
+total              4
+
+[Mon Nov 30 20:15:49 2026]
+localrule page_a:
+    output: a.txt (update)
+"""
+
+
+def test_the_time_left_follows_snakemakes_own_report(monkeypatch):
+    entries = {name: Page(name=name, budget={"quick": 1, "full": 1}, memory=1) for name in "abc"}
+    monkeypatch.setattr(workflow, "pages", lambda: entries)
+    seconds = {"page_a": 100.0, "page_b": 50.0, "page_c": 999.0, "site": 10.0}
+    progression = workflow.Progression("quick", seconds, {"page_a": 0.5, "page_b": 0.5})
+    summaries = [progression.read(line) for line in PLAN.splitlines()]
+    assert [text for text in summaries if text] == ["2 of 3 pages to run"]
+    assert progression.seconds_left() == pytest.approx(100 / 2 + 50 / 2 + 10, abs=0.5)
+    progression.read("Finished jobid: 2 (Rule: page_a)")
+    assert progression.seconds_left() == pytest.approx(50 / 2 + 10) and progression.ended == ["page_a"]
+    for line in ("rule page_b:", 'WorkflowError in rule page_b in file "Snakefile", line 34:'):
+        progression.read(line)
+    assert progression.seconds_left() == 10 and progression.failed == ["page_b"]
+    count = workflow.RunCount(4)
+    count.done, count.began = 1, time.monotonic() - 4
+    assert count.seconds_left() == pytest.approx(12, abs=0.1)
 
 
 def test_pages_that_a_page_needs_are_found_through_others(monkeypatch):

@@ -1,6 +1,6 @@
-"""The gate and the site: executed pages and prose in one folder, rendered, checked, and switched to in one step."""
+"""The site: executed pages and prose in one folder, rendered, checked, and switched to in one step."""
 
-import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -8,22 +8,23 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 
-from nsm_book import ROOT, BookError, collect, compare, gate, ledger, reference, runs, swept
-from nsm_book.fingerprint import differences, digest, record
-from nsm_book.markup import plain
-from nsm_book.schema import BOOK, BUILD, Page, claims, claims_of, page, pages, unknown
-from nsm_support.figures import STATIC
+from nsm_book import BookError, gate
+from nsm_book.fingerprint import differences, digest, digest_of, record, store_files
+from nsm_book.markup import anchored, plain
+from nsm_book.run import whole
+from nsm_book.schema import BOOK, BUILD, ROOT, Page, claims, claims_of, page, pages, unknown
+from nsm_book.store import rerun_record, toc_pages
+from nsm_support import figures
 
 SITE = BUILD / "html"
 FOREIGN = re.compile(r"\{glue:text\}`([\w/\-]+):([\w.\-]+)(?::([^`]*))?`")
 LINK = re.compile(r"(\]\()([\w./-]+)\.md(?=[)#])")
+SOURCES = {".csv", ".md", ".bib", ".yml", ".json", ".css", ".js", ".svg", ".png", ".ico"}
 BANNER = {
     "quick": ":::{admonition} Quick profile\n:class: profile warning\nThe numbers and figures of this page come from "
     "a run of seconds. They are real, but small, and too few for most verdicts: `make book PROFILE=full` gives "
@@ -33,43 +34,37 @@ BANNER = {
 }
 
 
-# The pages that are made from the runs of all others, each from the profile and the pages' records.
-MADE = {
-    "results/claims": lambda profile, records: ledger.ledger_page(records, toc_pages()),
-    "results/compare": lambda profile, records: compare.compare_page(),
-    "results/runs": lambda profile, records: runs.runs_page(profile, records, toc_pages()),
-    "reference/parameters": lambda profile, records: reference.parameter_page(),
-}
-
-
-def toc_pages() -> list[str]:
-    """All pages of `_toc.yml`, in the reader's order."""
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    chapters = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
-    return [toc["root"], *chapters]
+def card_file(profile: str) -> Path:
+    """What says which folder holds a profile's site, and what it holds."""
+    return BUILD / "sites" / f"{profile}.json"
 
 
 def ingredients(profile: str) -> str:
     """One hash of every file that the site is made from, besides the runs: prose, assets, settings, the package, the tables
     of sweeps, what running the pages again has found."""
     sources = {entry.source for entry in pages().values()}
-    kinds = {".csv", ".md", ".bib", ".yml", ".json", ".css", ".js", ".svg", ".png", ".ico"}
-    files = [path for path in BOOK.rglob("*") if path.suffix in kinds and path not in sources and path.is_file()]
-    files += [*ROOT.glob("nsm_*/**/*.py"), *STATIC.iterdir(), ROOT / "_config.yml", ROOT / "_toc.yml"]
-    files += [*(BUILD / "sweeps").glob("*.parquet"), *filter(Path.exists, [runs.rerun_record(profile)])]
-    each = [f"{os.path.relpath(path, ROOT)} {digest(path)}" for path in sorted(files)]
-    return hashlib.sha256("\n".join(each).encode()).hexdigest()
+    files = [path for path in BOOK.rglob("*") if path.suffix in SOURCES and path not in sources and path.is_file()]
+    files += [*ROOT.glob("nsm_*/**/*.py"), *figures.STATIC.iterdir(), ROOT / "_config.yml", ROOT / "_toc.yml"]
+    files += [*(BUILD / "sweeps").glob("*.parquet"), *filter(Path.exists, [rerun_record(profile)])]
+    return digest_of({os.path.relpath(path, ROOT): digest(path) for path in files})
 
 
-def drop_stale_site(profile: str) -> None:
-    """Let the site be rendered again if anything that it is made from is not what it was when it was rendered."""
-    path = BUILD / "sites" / f"{profile}.json"
-    try:
-        same = json.loads(path.read_text())["ingredients"] == ingredients(profile)
-    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged
-        same = False
-    if not same:
-        path.unlink(missing_ok=True)
+def contents(folder: Path) -> dict[str, str]:
+    """The digest of every file of a site."""
+    return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def discard_damaged(profile: str) -> None:
+    """Let a site be rendered again that is not, file by file, what was rendered."""
+    card = card_file(profile)
+    if card.exists():
+        try:
+            written = json.loads(card.read_text())
+            good = contents(card.parent / written["site"]) == written["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            card.unlink()
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -124,15 +119,15 @@ def stage_page(entry: Page, profile: str, folder: Path) -> None:
         BookError: with every reason against it.
     """
     path = entry.run_file(profile)
-    found = [
+    problems = [
         f"{entry.name}: the run at {path.relative_to(ROOT)} is not today's: {difference}"
         for difference in differences(entry, profile)
     ]
-    if not found:
+    if not problems:
         notebook = nbformat.read(path, as_version=4)
-        found = gate.problems(notebook, entry)
-    if found:
-        raise BookError("\n".join(found))
+        problems = gate.problems(notebook, entry)
+    if problems:
+        raise BookError("\n".join(problems))
     for output in [output for cell in notebook.cells for output in cell.get("outputs", ())]:
         output.get("data", {}).pop(gate.PLOTLY, None)  # the site draws its HTML
     for cell in notebook.cells:
@@ -140,8 +135,21 @@ def stage_page(entry: Page, profile: str, folder: Path) -> None:
             cell.source = linked(cell.source, entry.name)
     first = notebook.cells[0]
     first.source = with_banner(first.source, profile)
-    ledger.anchored(notebook, [claim.id for claim in claims_of(entry.name)])
+    anchored(notebook, [claim.id for claim in claims_of(entry.name)])
     write_if_changed(folder / f"{entry.name}.ipynb", nbformat.writes(notebook) + "\n")
+
+
+def stage_prose(name: str, profile: str, folder: Path, records: dict[str, dict[str, Any]]) -> None:
+    """Put one page without code into the folder that Sphinx reads, with the values of executed pages that it names.
+
+    Raises:
+        BookError: for a typed verdict, or as `fill`.
+    """
+    source = (BOOK / f"{name}.md").read_text()
+    if typed := gate.typed_verdicts(nbformat.v4.new_markdown_cell(source)):
+        raise BookError(f"{name}: {typed[0]!r} is typed by hand: emphasised as only a verdict of a run is, or beside one")
+    text = linked(fill(source, records, f"book/{name}.md"), name)
+    write_if_changed(folder / f"{name}.md", with_banner(text, profile) if FOREIGN.search(source) else text)
 
 
 def stage(profile: str) -> Path:
@@ -151,46 +159,35 @@ def stage(profile: str) -> Path:
         BookError: with every reason why the book may not be published, page by page.
     """
     claims()
-    folder, refused = BUILD / "book" / profile, []
-    records = {run["page"]: run for run in json.loads(results(profile, "json").read_text())}
-    for name in toc_pages():
+    folder, refused, order = BUILD / "book" / profile, [], toc_pages()
+    records = {run["page"]: run for run in json.loads(store_files(profile)[0].read_text())}
+    for name in order:
         try:
             if name in pages():
                 stage_page(page(name), profile, folder)
             else:
-                source = MADE[name](profile, records) if name in MADE else (BOOK / f"{name}.md").read_text()
-                typed = [] if name in MADE else gate.typed_verdicts(nbformat.v4.new_markdown_cell(source))
-                if typed:
-                    raise BookError(
-                        f"{name}: {typed[0]!r} is typed by hand: emphasised as only a verdict of a run is, or beside one"
-                    )
-                text = linked(fill(source, records, f"book/{name}.md"), name)
-                has_numbers = FOREIGN.search(source) or name in ("results/claims", "results/runs")
-                write_if_changed(folder / f"{name}.md", with_banner(text, profile) if has_numbers else text)
+                stage_prose(name, profile, folder, records)
         except BookError as error:
             refused.append(str(error))
         except FileNotFoundError as error:
             refused.append(f"_toc.yml names {name}: {error}")
-    refused += [f"book/pages.yml names {name}, which _toc.yml does not" for name in pages() if name not in toc_pages()]
+    refused += [f"book/pages.yml names {name}, which _toc.yml does not" for name in pages() if name not in order]
     if refused:
         raise BookError("not published:\n\n" + "\n\n".join(refused))
-    wanted = {folder / f"{name}{'.ipynb' if name in pages() else '.md'}" for name in toc_pages()}
+    wanted = {folder / f"{name}{'.ipynb' if name in pages() else '.md'}" for name in order}
     for path in [*folder.rglob("*.md"), *folder.rglob("*.ipynb")]:
         if path not in wanted:
             path.unlink()
     shutil.rmtree(folder / "_static", ignore_errors=True)
-    for assets in (BOOK / "_static", STATIC):
+    for assets in (BOOK / "_static", figures.STATIC):
         shutil.copytree(assets, folder / "_static", dirs_exist_ok=True)
-    for name in ("references.bib",):
-        write_if_changed(folder / name, (BOOK / name).read_text())
+    write_if_changed(folder / "references.bib", (BOOK / "references.bib").read_text())
     local_scripts(folder / "_local")
     return folder
 
 
 def local_scripts(folder: Path) -> None:
     """plotly.js and MathJax, taken from the installed packages, for the site's own root: nothing is fetched."""
-    import importlib.util
-
     plotly = Path(importlib.util.find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"
     mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg-full.js"
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,10 +195,6 @@ def local_scripts(folder: Path) -> None:
         target = folder / path.name
         if not target.exists() or target.stat().st_size != path.stat().st_size:
             shutil.copy(path, target)
-
-
-def results(profile: str, kind: str) -> Path:
-    return BUILD / "results" / profile / f"results.{kind}"
 
 
 def render(folder: Path, profile: str) -> Path:
@@ -241,7 +234,7 @@ def render(folder: Path, profile: str) -> Path:
     return work / "_build" / "html"
 
 
-MENDS = (
+REPAIRS = (
     # A font asked for ahead of time with `crossorigin` is refused, loudly, where pages are opened as files.
     (re.compile(r'<link rel="preload" as="font"[^>]*>\s*'), ""),
     # The theme's sidebar holds the logo and the search outside of any landmark.
@@ -252,41 +245,47 @@ MENDS = (
 )
 
 
-def mend(folder: Path) -> None:
-    """Mend what the theme's templates do wrong and cannot be told not to."""
+def repair(folder: Path) -> None:
+    """Repair what the theme's templates do wrong and cannot be told not to."""
     for path in folder.rglob("*.html"):
         text = path.read_text()
-        for pattern, better in MENDS:
+        for pattern, better in REPAIRS:
             text = pattern.sub(better, text)
         path.write_text(text)
 
 
-def publish(profile: str) -> Path:
-    """Render the staged book and keep it, whole, beside the one that is open; return its folder."""
-    before = ingredients(profile)
+def copy_notebooks(profile: str, rendered: Path) -> None:
+    """Put the executed notebooks of sweeps, to which the results pages link, into a rendered site."""
+    for sweep in json.loads(store_files(profile)[2].read_text())["sweeps"]:
+        for run in sweep["runs"]:
+            if run["notebook"]:
+                target = (rendered / "results" / run["notebook"]).resolve()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(BUILD / "sweeps" / sweep["name"] / run["id"] / "run.ipynb", target)
+
+
+def publish(profile: str) -> str:
+    """Render the staged book and keep it, whole, beside the one that is open; return one line that says so."""
+    before, began = ingredients(profile), time.perf_counter()
     rendered = render(stage(profile), profile)
-    mend(rendered)
-    swept.copy_notebooks(rendered)
-    card = {
-        "profile": profile,
-        "built": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "pages": {name: record(entry.run_file(profile)) for name, entry in pages().items()},
-    }
-    stamp = json.dumps(card, sort_keys=True)
-    place = BUILD / "sites" / f"{profile}-{zlib.crc32(stamp.encode()):08x}"
+    repair(rendered)
+    copy_notebooks(profile, rendered)
+    shutil.copy(store_files(profile)[0], rendered / "results.json")
+    card = {"profile": profile, "built": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ingredients": before}
+    card["pages"] = {name: record(entry.run_file(profile)) for name, entry in pages().items()}
+    (rendered / "build.json").write_text(json.dumps(card, indent=1) + "\n")
+    place = card_file(profile).with_name(f"{profile}-{digest_of(card)[:8]}")
     shutil.rmtree(place, ignore_errors=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     os.replace(rendered, place)
-    (place / "build.json").write_text(json.dumps(card, indent=1) + "\n")
-    shutil.copy(results(profile, "json"), place / "results.json")
-    with collect.whole(BUILD / "sites" / f"{profile}.json") as path:
-        path.write_text(json.dumps({"site": place.name, "ingredients": before}) + "\n")
-    return place
+    with whole(card_file(profile)) as path:
+        path.write_text(json.dumps({"site": place.name, "files": contents(place)}) + "\n")
+    return f"site: {len(toc_pages())} pages, {time.perf_counter() - began:.1f} s"
 
 
 def switch(profile: str) -> Path:
     """Let `_build/html` be this profile's site, in one step; remove the profile's older ones."""
-    name = json.loads((BUILD / "sites" / f"{profile}.json").read_text())["site"]
+    name = json.loads(card_file(profile).read_text())["site"]
     if not SITE.is_symlink() or os.readlink(SITE) != f"sites/{name}":
         if SITE.is_dir() and not SITE.is_symlink():
             raise BookError(f"{SITE} is a folder that this book did not make: move it away")
@@ -294,7 +293,7 @@ def switch(profile: str) -> Path:
         new.unlink(missing_ok=True)
         new.symlink_to(f"sites/{name}")
         os.replace(new, SITE)
-    for old in (BUILD / "sites").glob(f"{profile}-*"):
+    for old in card_file(profile).parent.glob(f"{profile}-*"):
         if old.name != name:
             shutil.rmtree(old, ignore_errors=True)
     return SITE
@@ -310,28 +309,25 @@ def verify(profile: str, commit: str) -> int:
         The number of pages found.
 
     Raises:
-        BookError: with everything that is missing or old.
+        BookError: with everything that is missing, changed or old.
     """
-    card_path = SITE / "build.json"
-    if not card_path.exists():
+    if not (SITE / "build.json").exists():
         raise BookError(f"there is no site at {SITE}: make book PROFILE={profile}")
-    card = json.loads(card_path.read_text())
+    card = json.loads((SITE / "build.json").read_text())
     wrong = [] if card["profile"] == profile else [f"the site is of the {card['profile']} profile, not {profile}"]
     wrong += [
         f"{name}: run at {run['commit']}, not at {commit[:12]}"
         for name, run in card["pages"].items()
         if run["commit"] != commit[:12]
     ]
-    wanted = [
-        *(f"{name}.html" for name in toc_pages()),
-        "index.html",
-        "search.html",
-        "searchindex.js",
-        "results.json",
-        "plotly.min.js",
-        "tex-svg-full.js",
+    written, found = json.loads(card_file(card["profile"]).read_text())["files"], contents(SITE)
+    wanted = {f"{name}.html" for name in toc_pages()} | {"index.html", "search.html", "searchindex.js", "results.json"}
+    wrong += [
+        f"{name} is missing or empty"
+        for name in sorted(wanted | written.keys())
+        if not (SITE / name).is_file() or not (SITE / name).stat().st_size
     ]
-    wrong += [f"{name} is missing or empty" for name in wanted if not (SITE / name).exists() or not (SITE / name).stat().st_size]
+    wrong += [f"{name} is not what was rendered" for name in found if found[name] != written.get(name)]
     if wrong:
         raise BookError("not fit to deploy:\n" + "\n".join(wrong))
     return len(toc_pages())

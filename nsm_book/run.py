@@ -1,8 +1,13 @@
-"""Run one page through papermill: checked before, recorded after, written whole or not at all."""
+"""Run one page through papermill: checked before, recorded after, written whole or not at all.
+
+The way of a page: parameters → fingerprint → kernel → gate → record → its place.
+"""
 
 import contextlib
 import datetime
 import errno
+import fcntl
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -10,35 +15,51 @@ import logging
 import os
 import platform
 import py_compile
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nsm_book import ROOT, BookError, gate
-from nsm_book.fingerprint import differences, digest, fingerprint, module_file, product, record, sealed, set_aside, stale_makers
+from nsm_book import BookError, gate
+from nsm_book.fingerprint import (
+    differences,
+    digest,
+    digest_of,
+    fingerprint,
+    inputs,
+    module_file,
+    product,
+    record,
+    stale_makers,
+    store_files,
+    with_checksum,
+)
 from nsm_book.markup import plain
-from nsm_book.schema import BOOK, BUILD, Page, check_parameters, pages, parameters, profile_parameters, read_notebook
+from nsm_book.schema import BOOK, BUILD, ROOT, Page, check_parameters, parameters, profile_parameters, read_notebook
 
 VERSIONS = ("torch", "numpy", "scipy", "matplotlib", "plotly", "papermill", "jupyter-book")
 SOCKETS = "/tmp"  # instead of a TMPDIR whose path is too long: a socket's has 103 bytes at most
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DONE, NOTE = "✓ ", "» "  # begin the lines of a step's output that a person who watches sees: what was done, what there is to know
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def environment(needs: Path, makes: Path) -> dict[str, str]:
+def environment(profile: str, needs: Path, makes: Path) -> dict[str, str]:
     """What a kernel finds in its environment: one thread, its stores, and nobody's own IPython start-up files."""
-    one = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return {
-        **one,
+        **threads,
         "NSM_BOOK_RUN": "1",
         "NSM_BOOK_NEEDS": str(needs),
         "NSM_BOOK_MAKES": str(makes),
         "NSM_BOOK_CLAIMS": str(BOOK / "claims.yml"),
+        "NSM_BOOK_RESULTS": str(store_files(profile)[0].parent),
         "IPYTHONDIR": str(BUILD / "ipython"),
         "PYTHONHASHSEED": "0",
         "MPLBACKEND": "agg",
@@ -47,12 +68,26 @@ def environment(needs: Path, makes: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def disk_errors_told():
-    """Tell a disk that is full, or a file that is not to be touched, in one sentence, instead of a traceback."""
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write to that takes the place of `path` only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors_in_words() -> Iterator[None]:
+    """Report a disk that is full, or a file that may not be written, in one sentence instead of a traceback."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise BookError(
             f"{error.filename or BUILD} cannot be used: {os.strerror(error.errno)}. Mend that and give the same "
@@ -60,14 +95,43 @@ def disk_errors_told():
         ) from None
 
 
+@contextlib.contextmanager
+def reasons_kept(target: Path) -> Iterator[None]:
+    """Leave beside what could not be made, as `NAME.failed.txt`, why: for whoever watches from another process or node."""
+    reasons = target.with_suffix(".failed.txt")
+    reasons.unlink(missing_ok=True)
+    try:
+        with disk_errors_in_words():
+            yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a full disk
+            reasons.write_text(f"{error if isinstance(error, BookError) else repr(error)}\n")
+        raise
+
+
+@contextlib.contextmanager
+def only_run(target: Path) -> Iterator[None]:
+    """Let one process at a time make a run: one that outlived its build, or a second command, is waited for."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(PermissionError):  # in a checkout that may not be written
+            (BUILD / "locks").mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((BUILD / "locks" / hashlib.sha256(bytes(target)).hexdigest()[:16]).open("a+"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{NOTE}{target.stem} is being made by a process that is still alive; waiting for it to end", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def compile_by_content(modules: Iterable[str]) -> None:
     """Let Python compare these modules with their bytecode by content: by second and size, as is usual, it would run the old
     code of a module that was changed while the clock stood still or went back."""
     for path in map(module_file, modules):
-        with contextlib.suppress(OSError):  # a checkout that is not to be written; then Python writes no bytecode either
-            compiled = Path(importlib.util.cache_from_source(path))
+        with contextlib.suppress(OSError):  # a checkout that may not be written: Python writes no bytecode either
+            compiled = Path(importlib.util.cache_from_source(str(path)))
             if compiled.read_bytes()[4:8] != b"\3\0\0\0" if compiled.exists() else not sys.dont_write_bytecode:
-                py_compile.compile(path, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+                py_compile.compile(str(path), quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
 
 
 def commit() -> str:
@@ -90,12 +154,11 @@ def peak_memory() -> float:
 
 def reproduce_line(page: Page, profile: str, given: dict[str, Any]) -> str:
     """The one line that repeats a run: the profile, and whatever was given beyond it."""
-    import shlex
-
-    beyond = {k: v for k, v in given.items() if profile_parameters(page, profile).get(k, ...) != v}
+    of_profile = profile_parameters(page, profile)
     words = ["nsm-book", "run", page.name, "--profile", profile]
-    for name, value in beyond.items():
-        words += ["-p", name, value if isinstance(value, str) else repr(value)]
+    for name, value in given.items():
+        if of_profile.get(name, ...) != value:
+            words += ["-p", name, value if isinstance(value, str) else repr(value)]
     return shlex.join([*words, "-o", "runs"])
 
 
@@ -138,47 +201,82 @@ def run_page(
         publish: whether the page's prose will be read, so that every number in it has to be there.
 
     Raises:
-        BookError: if the run does not pass the gate. What it left lies beside the target as `NAME.failed.ipynb`;
-            the target and the products are as they were.
+        BookError: if the run does not pass the gate. What it left lies beside the target as `NAME.failed.ipynb`; the target
+            and the products are as they were.
     """
-    import jupytext
     import nbformat
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failed = target.with_suffix(".failed.ipynb")
+    for left in (failed, *target.parent.glob(f".{target.stem}.*")):  # of runs that failed or were killed
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    for path in inputs(page, profile).values():
+        if not path.exists():
+            raise BookError(f"{page.name}: needs {path.name}, which {path.parent} does not hold yet: make book PROFILE={profile}")
+    today = {"fingerprint": fingerprint(page, profile, given), "commit": commit()}
+    compile_by_content(today["fingerprint"]["modules"])
+    with tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent, ignore_cleanup_errors=True) as folder:
+        output, made = Path(folder, "run.ipynb"), Path(folder, "makes")
+        os.environ.update(environment(profile, needs, made))
+        began = time.perf_counter()
+        problems = execute_notebook(page, given, output)
+        notebook = nbformat.read(output, as_version=4)
+        everything = {name: parameter.default for name, parameter in parameters(page).items()} | given
+        notebook.metadata["nsm_book"] = run = {
+            "page": page.name,
+            "profile": profile,
+            "parameters": given,
+            "all_parameters": everything,
+            "seed": everything.get("seed", everything.get("seeds", "none")),
+            "device": everything.get("device", "cpu"),
+            **today,
+            "seconds": time.perf_counter() - began,
+            "peak_memory_mb": peak_memory(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            "reproduce": reproduce_line(page, profile, given),
+            "made": {name: digest(made / name) for name in page.makes},
+        }
+        notebook.cells.append(nbformat.v4.new_markdown_cell(run_box(run), id="this-run"))
+        for number, cell in enumerate(notebook.cells[:-1], start=1):
+            cell.id = f"cell-{number}"  # jupytext and papermill draw random ones
+        for path in ("input_path", "output_path"):  # of the folder that is gone in a moment
+            notebook.metadata["papermill"].pop(path)
+        gate.mark_for_comparison(notebook)
+        problems += gate.problems(notebook, page, prose=publish)
+        problems = problems or [f"{page.name}: did not make {name}" for name in page.makes if not (made / name).exists()]
+        written = with_checksum(json.loads(nbformat.writes(notebook)))
+        output.write_text(json.dumps(written, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+        for path in sorted(made.rglob("*")) if not problems else ():
+            if path.is_file():
+                with whole(makes / path.relative_to(made)) as place:
+                    shutil.move(path, place)
+        os.replace(output, failed if problems else target)
+    if problems:
+        raise BookError("\n\n".join([*problems, f"what the run left: {failed}"]))
+
+
+def execute_notebook(page: Page, given: dict[str, Any], output: Path) -> list[str]:
+    """Let papermill run a page's cells in a kernel of its own and write them to `output`; return why the kernel died, if it
+    did. An error in a cell stays in the notebook, where the gate finds it; a dead kernel leaves none."""
+    import jupytext
     import papermill
     from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
 
-    from nsm_book import collect
-
-    # Names and types are checked already; papermill knows no annotation like `int | None` and would warn of it.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    for name in page.needs:
-        if not (needs / name).exists():
-            raise BookError(
-                f"{page.name}: needs {name}, which another page makes and {needs} does not hold yet: make book PROFILE={profile}"
-            )
-    printed, today = fingerprint(page, profile, given), commit()
-    compile_by_content(printed["modules"])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    failed = target.with_suffix(".failed.ipynb")
-    failed.unlink(missing_ok=True)
-    began = time.perf_counter()
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent, ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryDirectory(prefix="nsm-", dir=SOCKETS if len(tempfile.gettempdir()) > 60 else None) as sockets,
-    ):
-        source, output, made = Path(folder, "source.ipynb"), Path(folder, "run.ipynb"), Path(folder, "makes")
-        os.environ.update(environment(needs, made))
-        with contextlib.suppress(OSError):  # a checkout that is not to be written; then IPython takes a folder of its own
-            Path(os.environ["IPYTHONDIR"]).mkdir(parents=True, exist_ok=True)
-        notebook = read_notebook(page)
-        notebook.metadata.pop("jupytext", None)
-        jupytext.write(notebook, source)
-        # An error stays in the notebook, where the gate finds it; a dead kernel leaves none.
-        died = []
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it knows no annotation like `int | None` and would warn of it
+    with contextlib.suppress(OSError):  # a checkout that may not be written; then IPython takes a folder of its own
+        Path(os.environ["IPYTHONDIR"]).mkdir(parents=True, exist_ok=True)
+    notebook, source = read_notebook(page), output.with_name("source.ipynb")
+    notebook.metadata.pop("jupytext", None)
+    jupytext.write(notebook, source)
+    # papermill fills parameters into the braces of a path. The kernel is reached by files: two that start at once may be
+    # given the same free port.
+    paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]
+    with tempfile.TemporaryDirectory(prefix="nsm-", dir=SOCKETS if len(tempfile.gettempdir()) > 60 else None) as sockets:
         try:
-            # papermill fills parameters into the braces of a path. The kernel is reached by files: two that start at once may
-            # be given the same free port.
-            paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (source, output)]
             papermill.execute_notebook(
                 *paths,
                 parameters=given,
@@ -192,74 +290,32 @@ def run_page(
         except papermill.PapermillExecutionError:
             pass
         except DeadKernelError:
-            died = [
+            return [
                 f"{page.name}: its kernel died (killed, or out of memory) having used {peak_memory():.0f} MB; book/pages.yml "
                 f"says {page.memory} MB. Free memory, or run fewer side by side, and give the same command again"
             ]
-        notebook = nbformat.read(output, as_version=4)
-        everything = {name: p.default for name, p in parameters(page).items()} | given
-        notebook.metadata["nsm_book"] = run = {
-            "page": page.name,
-            "profile": profile,
-            "parameters": given,
-            "all_parameters": everything,
-            "seed": everything.get("seed", everything.get("seeds", "none")),
-            "device": everything.get("device", "cpu"),
-            "fingerprint": printed,
-            "seconds": time.perf_counter() - began,
-            "peak_memory_mb": peak_memory(),
-            "commit": today,
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-            "reproduce": reproduce_line(page, profile, given),
-            "made": {name: digest(made / name) for name in page.makes},
-        }
-        notebook.cells.append(nbformat.v4.new_markdown_cell(run_box(run), id="this-run"))
-        for number, cell in enumerate(notebook.cells[:-1], start=1):
-            cell.id = f"cell-{number}"  # jupytext and papermill draw lots
-        for path in ("input_path", "output_path"):  # of the folder that is gone in a moment
-            notebook.metadata["papermill"].pop(path)
-        gate.mark_for_comparison(notebook)
-        problems = died + gate.problems(notebook, page, prose=publish)
-        if not problems:
-            problems = [f"{page.name}: did not make {name}" for name in page.makes if not (made / name).exists()]
-        written = sealed(json.loads(nbformat.writes(notebook)))
-        output.write_text(json.dumps(written, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-        for path in sorted(made.rglob("*")) if not problems else ():
-            if path.is_file():
-                with collect.whole(makes / path.relative_to(made)) as place:
-                    shutil.move(path, place)
-        os.replace(output, failed if problems else target)
-    if problems:
-        raise BookError("\n\n".join([*problems, f"what the run left: {failed}"]))
+    return []
 
 
 def execute(page: Page, profile: str) -> str:
-    """Bring one page of a profile up to date; return one line saying what was done."""
-    if record(page.run_file(profile)) and not differences(page, profile):
-        page.run_file(profile).touch()
-        return f"{page.name}: unchanged"
-    store = product("", profile)
-    run_page(page, profile, profile_parameters(page, profile), page.run_file(profile), needs=store, makes=store)
-    set_aside(page, profile).unlink(missing_ok=True)
-    seconds = record(page.run_file(profile))["seconds"]
-    over = seconds > page.budget[profile]
-    return f"{page.name}: {seconds:.1f} s" + (f", over its budget of {page.budget[profile]:g} s" if over else "")
+    """Bring one page of a profile up to date; return one line that says what was done."""
+    target, store = page.run_file(profile), product("", profile)
+    with only_run(target), reasons_kept(target):
+        if not differences(page, profile):
+            return f"{page.name}: unchanged"
+        run_page(page, profile, profile_parameters(page, profile), target, needs=store, makes=store)
+    seconds, budget = record(target)["seconds"], page.budget[profile]
+    return f"{page.name}: {seconds:.1f} s" + (f", over its budget of {budget:g} s" if seconds > budget else "")
 
 
-def slug(given: dict[str, Any]) -> str:
+def folder_name(given: dict[str, Any]) -> str:
     """A folder name for these parameters: readable, safe on any file system, and never the same for two sets."""
-    import hashlib
-    import re
-
     text = ",".join(f"{name}={value}" for name, value in sorted(given.items())) or "defaults"
     # Other letters take up to four bytes each, of the 255 that a name may have.
     safe = re.sub(r"[^\w=,.\-]", "_", text, flags=re.ASCII)
     if safe == text and len(text) <= 80 and text.count("=") == len(given):
         return text
-    return f"{safe[:60]}-{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]}"
+    return f"{safe[:60]}-{digest_of(given)[:8]}"
 
 
 def rerun(page: Page, given: dict[str, Any], profile: str, folder: Path) -> Path:
@@ -277,18 +333,17 @@ def rerun(page: Page, given: dict[str, Any], profile: str, folder: Path) -> Path
             f"{page.name}: needs {', '.join(page.needs)}, and {maker.name} has to run for that: "
             f"{differences(maker, profile)[0]}. First: make book PROFILE={profile}"
         )
-    merged = profile_parameters(page, profile) | checked
-    name = slug(checked) if profile == "full" else f"{profile},{slug(checked)}"
+    name = folder_name(checked) if profile == "full" else f"{profile},{folder_name(checked)}"
     place = folder.resolve() / page.name.replace("/", "-") / name
-    with disk_errors_told():
-        run_into(place, page, profile, merged)
+    with only_run(place), reasons_kept(place / "run.ipynb"):
+        run_into(place, page, profile, profile_parameters(page, profile) | checked)
     return place
 
 
 def run_into(place: Path, page: Page, profile: str, given: dict[str, Any]) -> None:
     """Let a folder hold today's run with these parameters, all that differ from the page's own: `run.ipynb`,
     `results.json` and the products it made. What is whole and today's is not run again."""
-    from nsm_book import collect
+    from nsm_book import store
 
     target = place / "run.ipynb"
     last = record(target)
@@ -296,14 +351,4 @@ def run_into(place: Path, page: Page, profile: str, given: dict[str, Any]) -> No
         digest(place / name) != made for name, made in last["made"].items()
     ):
         run_page(page, profile, given, target, needs=product("", profile), makes=place, publish=False)
-    collect.write([target], place / "results.json")
-
-
-def clean_leftovers(profile: str) -> None:
-    """Remove what killed and failed runs, and pages that are gone, left behind. Only for whoever holds the build's lock."""
-    kept = {path for page in pages().values() for path in (page.run_file(profile), set_aside(page, profile))}
-    for left in [*(BUILD / "runs" / profile).rglob("*")]:
-        if left.is_dir() and left.name.startswith("."):
-            shutil.rmtree(left, ignore_errors=True)
-        elif left.is_file() and left not in kept:
-            left.unlink(missing_ok=True)
+    store.write_records([target], place / "results.json")
