@@ -6,7 +6,7 @@ from typing import Any
 from nbformat import NotebookNode
 
 from nsm_book.html_safety import find_script
-from nsm_book.schema import Page, claims_of
+from nsm_book.schema import Claim, Page, claims_of
 from nsm_book.strict import brief
 from nsm_support.results import GLUE_MIME, verdict
 
@@ -116,25 +116,25 @@ def answer_keys(id: str) -> dict[str, str]:
     return {"estimate": id, **{part: f"{id}_{part}" for part in ("low", "high", "n", "verdict")}}
 
 
+def _bad_answer(claim: Claim, values: Values, spoken: set[str]) -> list[str]:
+    """What is wrong with a page's answer: missing, not by the claim's rule, or not in its prose."""
+    try:
+        answer = {part: values[key]["value"] for part, key in answer_keys(claim.id).items()}
+        word = answer.pop("verdict")
+        right = verdict(claim.rule.model_dump(), **answer)
+    except KeyError as error:
+        return [f"does not answer {claim.id!r} of book/claims.yml: no cell glues {error}"]
+    except (ValueError, TypeError) as error:
+        return [f"its answer to {claim.id!r} of book/claims.yml: {error}"]
+    wrong = [f"{claim.id}_verdict is {word!r}, and the rule in book/claims.yml says {right!r}"] if word != right else []
+    silent = f"no sentence says how {claim.id!r} came out: accepts {{glue:text}}`{claim.id}_verdict`"
+    return wrong if f"{claim.id}_verdict" in spoken else [*wrong, silent]
+
+
 def _bad_answers(page: Page, cells: Cells, values: Values) -> list[str]:
-    """A line for each claim that a page does not answer, not by its rule, or not in its prose."""
     texts = [SHOWN_CODE.sub("", _prose(cell.source)) for _, cell in cells if cell.cell_type == "markdown"]
-    spoken, found = {key for text in texts for key in GLUE_ROLE.findall(text)}, []
-    for claim in claims_of(page.name):
-        try:
-            answer = {part: values[key]["value"] for part, key in answer_keys(claim.id).items()}
-            word = answer.pop("verdict")
-            right = verdict(claim.rule.model_dump(), **answer)
-        except KeyError as error:
-            found.append(f"does not answer {claim.id!r} of book/claims.yml: no cell glues {error}")
-        except (ValueError, TypeError) as error:
-            found.append(f"its answer to {claim.id!r} of book/claims.yml: {error}")
-        else:
-            if word != right:
-                found.append(f"{claim.id}_verdict is {word!r}, and the rule in book/claims.yml says {right!r}")
-            if f"{claim.id}_verdict" not in spoken:
-                found.append(f"no sentence says how {claim.id!r} came out: accepts {{glue:text}}`{claim.id}_verdict`")
-    return [f"{page.name}: {line}" for line in found]
+    spoken = {key for text in texts for key in GLUE_ROLE.findall(text)}
+    return [f"{page.name}: {line}" for claim in claims_of(page.name) for line in _bad_answer(claim, values, spoken)]
 
 
 def problems(notebook: NotebookNode, page: Page, prose: bool = True) -> list[str]:
