@@ -109,22 +109,11 @@ def test_detection_by_several_codes_by_hand():
     states = tensor([[0, 1, 1], [0, 2, 0]])
     found = align(hard, states, 4, labels=tensor([0, 0, 1, NO_STATE]))
     # uses of code 0 in state 0: 3 of 4; of code 1 in state 0: 2 of 3; of code 2 in state 1: 2 of 3; code 3 has no state
-    assert found.code_precision.tolist() == pytest.approx([3 / 4, 2 / 3, 2 / 3, 0])
-    assert found.code_recall[:3].tolist() == pytest.approx([3 / 3, 2 / 3, 2 / 2]) and found.code_recall[3].isnan()
     assert found.purity == pytest.approx(7 / 12)
     # state 0 is detected at positions 0, 1, 2, 3, 5, state 1 at 1, 2, 4; states 2 and 3 have no code, 3 never occurs
     assert found.state_precision[:2].tolist() == pytest.approx([3 / 5, 2 / 3])
     assert found.state_recall[:3].tolist() == pytest.approx([1, 1, 0])
     assert found.state_precision[2:].isnan().all() and found.state_recall[3].isnan()
-
-
-def test_states_that_predict_alike_are_one_class():
-    hard, states = noisy(5, 30, 6)
-    classes = tensor([0, 1, 0, 2, 2, 1])
-    merged, plain = align(hard, states, 6, classes=classes), align(hard, classes[states], 3)
-    for name, value in merged._asdict().items():
-        torch.testing.assert_close(value, getattr(plain, name), rtol=0, atol=0, equal_nan=True, msg=name)
-    assert merged.counts.shape == (8, 3) and merged.labels.tolist()[:6] == [1, 0, 1, 0, 2, 2]
 
 
 @settings(max_examples=25, deadline=None)
@@ -280,14 +269,11 @@ def test_misfits_are_refused(codes, states, message):
         align(codes, states, 3)
 
 
-def test_labels_and_classes_that_do_not_fit_are_refused():
+def test_labels_that_do_not_fit_are_refused():
     hard, states = draw(2, 5, 4, 3, 1)
     for options, message in (
-        ({"labels": tensor([0, 1, 2])}, "labels are torch.int64 .* 4 integers from -1 to 2"),
+        ({"labels": tensor([0, 1, 2])}, r"labels = \[0, 1, 2\], dtype = torch.int64; accepted is 4 integers from -1 to 2"),
         ({"labels": tensor([0, 1, 2, 3])}, "4 integers from -1 to 2"),
-        ({"classes": tensor([0, 1])}, "classes .* 3 integers from 0 to any number"),
-        ({"classes": tensor([0.0, 1, 1])}, "classes are torch.float32"),
-        ({"classes": tensor([0, 0, 1]), "labels": tensor([0, 1, 2, 0])}, "4 integers from -1 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             align(hard, states, 3, **options)

@@ -18,7 +18,7 @@ from nsm_support.crystalline.automata.hidden_markov import (
     TokFSM,
 )
 from nsm_support.crystalline.automata.machines import UNASKED, UNDEFINED, Automaton, Machine, Process, Sample
-from nsm_support.crystalline.automata.structure import Survey, refine, stationary, survey, table_edges
+from nsm_support.crystalline.automata.structure import Survey, refine, survey, table_edges
 from nsm_support.crystalline.automata.transducers import TOMITA, Transducer, modular_counter, permutation_group, tomita
 
 MACHINES: dict[str, Callable[[], Machine]] = {
@@ -59,7 +59,6 @@ __all__ = [
     "predict",
     "predictive_automaton",
     "refine",
-    "stationary",
     "survey",
     "table_edges",
     "tomita",

@@ -7,20 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsm_support.crystalline.automata.machines import Machine, Process
+from nsm_support.crystalline.automata.machines import Machine
 from nsm_support.crystalline.automata.transducers import Transducer
 
 RARE = 0.1
 """Below this share of the even share 1/S a state is practically unvisited."""
-SQUARINGS = 60
-"""The long run of `stationary` is 2 to this power: 10¹⁸ steps."""
 
 
 class Survey(NamedTuple):
     """The states of a machine, each tensor [S]."""
 
     occupancy: Tensor  # share of each state among the labels of samples of the length, exact
-    stationary: Tensor  # share of time in the long run, from the machine's start
     unreachable: Tensor  # bool: no string visits the state
     rare: Tensor  # bool: visited, but at less than `RARE`/S of the positions
     classes: Tensor  # number of the class of states that predict alike
@@ -29,19 +26,6 @@ class Survey(NamedTuple):
     def majority_share(self) -> float:
         """Share of the commonest state: the purity that knowing nothing gives."""
         return self.occupancy.max().item()
-
-
-def stationary(process: Process) -> Tensor:
-    """The long-run share of time in each state, [S]: the limit of the mean of start · Pᵗ, also where P is periodic or
-    leads to states that cannot be left.
-
-    ((P + 1)/2)ⁿ has the same limit and no period; n = 2⁶⁰ is reached by squaring.
-    """
-    lazy = (process.matrix() + torch.eye(process.num_states, dtype=torch.float64)) / 2
-    for _ in range(SQUARINGS):
-        lazy = lazy @ lazy
-        lazy = lazy / lazy.sum(1, keepdim=True)  # or the rounding errors would double with each squaring
-    return process.start @ lazy
 
 
 def refine(labels: list[int], edges: Iterable[tuple[int, int, int, float]]) -> list[int]:
@@ -107,4 +91,4 @@ def survey(machine: Machine, length: int) -> Survey:
         visited = adjacent[visited].any(0)  # a label stands after a token: the start counts if a string leads back to it
     occupancy = machine.occupancy(length)
     rare = visited & (occupancy < RARE / machine.num_states)
-    return Survey(occupancy, stationary(process), ~visited, rare, classes_alike(machine))
+    return Survey(occupancy, ~visited, rare, classes_alike(machine))

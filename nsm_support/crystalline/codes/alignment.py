@@ -40,8 +40,6 @@ class Alignment(NamedTuple):
     homogeneity: float  # 1 − H(state | code set)/H(state)
     completeness: float  # 1 − H(code set | state)/H(code set)
     ami: float  # mutual information of code set and state, adjusted: 0 by chance, 1 if they are the same
-    code_precision: Tensor  # (K,) float64: of a code's uses, the share in its state; NaN for a code not active
-    code_recall: Tensor  # (K,) float64: of its state's positions, the share where it is active; NaN without a state
     state_precision: Tensor  # (S,) float64: of the positions with a code of this state, the share in it; NaN if none
     state_recall: Tensor  # (S,) float64: of the positions in this state, the share with a code of it; NaN if none
 
@@ -152,14 +150,7 @@ def code_sets(hard_codes: Tensor) -> np.ndarray:
 
 
 def align(
-    hard_codes: Tensor,
-    states: Tensor,
-    num_states: int,
-    *,
-    labels: Tensor | None = None,
-    classes: Tensor | None = None,
-    permutations: int = 99,
-    seed: int = 0,
+    hard_codes: Tensor, states: Tensor, num_states: int, *, labels: Tensor | None = None, permutations: int = 99, seed: int = 0
 ) -> Alignment:
     """Measure how the codes of one bottleneck stand to the states.
 
@@ -170,24 +161,22 @@ def align(
     Args:
         hard_codes, states, num_states: as in `contingency`, from B ≥ 2 sequences.
         labels: [K] the state of each code, chosen on another split; None chooses them here, where they flatter.
-        classes: [S] the class of each state, where states that predict alike are to count as one; then S is the number
-            of classes in everything returned, and `labels` are classes.
         permutations: of the null, which gives each sequence of codes the states of another one. Shuffled single positions
             would be no fair null: positions of a sequence depend on each other.
         seed: of the permutations.
 
     Raises:
-        ValueError: as `contingency`, if no code is active, or if labels or classes are not of the stated shape and range.
+        ValueError: as `contingency`, if no code is active, or if labels are not of the stated shape and range.
     """
     from sklearn.metrics import adjusted_mutual_info_score, homogeneity_completeness_v_measure
 
     codes = _indicator(hard_codes, states, num_states)
-    if classes is not None:
-        _check_range("classes", classes, num_states, 0, None)
-        states, num_states = classes.to(states)[states], int(classes.max()) + 1
     counts = _count(codes, states, num_states)
     if labels is not None:
-        _check_range("labels", labels, codes.shape[-1], NO_STATE, num_states - 1)
+        fits = labels.shape == codes.shape[-1:] and not labels.is_floating_point()
+        fits = fits and NO_STATE <= int(labels.min()) <= int(labels.max()) < num_states
+        accepted = f"{codes.shape[-1]} integers from {NO_STATE} to {num_states - 1}"
+        check("alignment", fits, accepted, labels=labels.tolist()[:8], dtype=labels.dtype)
     null = permutation_null(
         lambda codes, states: purity(_count(codes, states, num_states), labels),
         codes,
@@ -200,7 +189,6 @@ def align(
     homogeneity, completeness, _ = homogeneity_completeness_v_measure(truth, sets)
     uses, there = counts.sum(1).double(), states.flatten().bincount(minlength=num_states).double()  # (K,), (S,)
     known, own = labels >= 0, labels.clamp(min=0)
-    hits = counts.gather(1, own[:, None])[:, 0].double().where(known, 0)  # (K,): uses in the code's own state
     # A state is detected wherever a code of it is active: with k > 1, several may be, and more than one state.
     member = F.one_hot(own, num_states).double() * known[:, None]  # (K, S)
     detected = (codes.flatten(0, 1) @ member > 0).double()  # (B·T, S)
@@ -219,19 +207,9 @@ def align(
         homogeneity=float(homogeneity),
         completeness=float(completeness),
         ami=float(adjusted_mutual_info_score(truth, sets)),
-        code_precision=hits / uses,
-        code_recall=(hits / there[own]).where(known, torch.nan),
         state_precision=right / detected.sum(0),
         state_recall=right / there,
     )
-
-
-def _check_range(name: str, given: Tensor, size: int, least: int, most: int | None) -> None:
-    if given.shape != (size,) or given.is_floating_point() or given.min() < least or (most is not None and given.max() > most):
-        raise ValueError(
-            f"alignment: {name} are {given.dtype} {tuple(given.shape)}, {given.tolist()[:8]}…; {size} integers "
-            f"from {least} to {'any number' if most is None else most} are accepted"
-        )
 
 
 def by_bottleneck(infos: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, Mapping[str, Tensor]]:
