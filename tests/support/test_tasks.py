@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 from nsm_support.data import load_digits, load_text, split_text
 from nsm_support.tasks import IGNORE, PREFIX, SECTIONS, TASKS, Score, Task, make_task, score
-from nsm_support.tasks.generated import part_of
 from nsm_support.tasks.listops import WORDS
 
 GROUPS = {"parity": 2, "s3": 6, "a5": 60, "s5": 120}
@@ -197,14 +196,6 @@ def test_targets_are_products_of_matrices(tasks, name, length):
             task.held_out("test", length)
 
 
-def test_training_words_have_lengths_from_1_to_the_longest(tasks):
-    draws = generator()
-    lengths = Counter(tasks["a5"].sample_batch(draws, 2).inputs.shape[1] for _ in range(800))
-    assert set(lengths) == set(range(1, 41)) and max(lengths.values()) < 45  # 20 each; 45 is five deviations off
-    with pytest.raises(ValueError, match="length = 0 in train; 1 or more"):
-        tasks["a5"].sample_batch(draws, 2, 0)
-
-
 def test_no_held_out_word_begins_as_a_training_word_does(tasks):
     task, draws = tasks["s5"], generator()
     begun = {tuple(word) for _ in range(60) for word in task.sample_batch(draws, 200, 12).inputs[:, :PREFIX].tolist()}
@@ -335,13 +326,6 @@ def test_copying_places_are_uniform_and_strings_apart():
     assert len(set.union(*strings)) == sum(map(len, strings)) == 40
     with pytest.raises(ValueError, match="length = 1; 2 or more is accepted, room for 1 data tokens"):
         task.sample_batch(generator(), 2, 1)
-
-
-def test_the_parts_have_their_shares():
-    strings = torch.cartesian_prod(*[torch.arange(4)] * 6)
-    shares = part_of(strings).bincount(minlength=4) / len(strings)
-    assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.03)
-    assert torch.equal(part_of(strings[5:9]), part_of(strings)[5:9])
 
 
 # ListOps -------------------------------------------------------------------------------------------------------------
