@@ -38,10 +38,9 @@ def intervals(
     rows = list(estimates.values() if isinstance(estimates, Mapping) else estimates)
     places = np.arange(len(rows)) if at is None else np.array(list(at), dtype=float)
     colors = [color] * len(rows) if isinstance(color, str) else list(color)
-    for place, values, ink in zip(places, runs, colors, strict=True) if runs is not None else ():
-        spread = np.asarray(values, dtype=float).ravel(), np.full(np.size(values), place + beside)
-        size = 13.0 if run_marker == "|" else 4.0
-        axes.plot(*(spread[::-1] if vertical else spread), run_marker, color=ink, ms=size, alpha=0.55, zorder=1)
+    if runs is not None:
+        for place, values, ink in zip(places, runs, colors, strict=True):
+            _marks(axes, values, place + beside, run_marker, ink, vertical)
     look = {"ls": "none", "ms": 6.0, "lw": 2.0, **look}
     for ink in dict.fromkeys(colors):  # one call for each colour, so that a line may join its marks
         mine = [(p, one) for p, one, own in zip(places, rows, colors, strict=True) if own == ink and one is not None]
@@ -53,6 +52,17 @@ def intervals(
         )
         axes.errorbar(**points, color=ink, marker=marker, label=label, **look)
     if isinstance(estimates, Mapping):
-        set_ticks, set_limits = (axes.set_xticks, axes.set_xlim) if vertical else (axes.set_yticks, axes.set_ylim)
-        set_ticks(places, list(estimates))
-        set_limits(*((-0.5, len(rows) - 0.5) if vertical else (len(rows) - 0.5, -0.5)))
+        _name_rows(axes, places, list(estimates), vertical)
+
+
+def _marks(axes: Any, values: ArrayLike, place: float, marker: str, color: str, vertical: bool) -> None:
+    """Single runs as small marks at the place of their row."""
+    spread = np.asarray(values, dtype=float).ravel(), np.full(np.size(values), place)
+    size = 13.0 if marker == "|" else 4.0
+    axes.plot(*(spread[::-1] if vertical else spread), marker, color=color, ms=size, alpha=0.55, zorder=1)
+
+
+def _name_rows(axes: Any, places: Any, names: list[str], vertical: bool) -> None:
+    set_ticks, set_limits = (axes.set_xticks, axes.set_xlim) if vertical else (axes.set_yticks, axes.set_ylim)
+    set_ticks(places, names)
+    set_limits(*((-0.5, len(names) - 0.5) if vertical else (len(names) - 0.5, -0.5)))

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from nsm_support.figures.show import PALETTE, is_range
 
+Traces = list[dict[str, Any]]
 DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}  # as Matplotlib and as plotly names them
 
 
@@ -190,6 +191,15 @@ def explore(
     panels = {choice: list(draw(*choice)) for choice in product(*controls.values())}
     traces = {choice: [trace for one in found for trace in one.traces()] for choice, found in panels.items()}
     opening = tuple(choices[-1 if is_range(choices) else 0] for choices in controls.values())
+    frames = _frames(traces, opening)
+    grid = min(columns, len(panels[opening])), heights, widths
+    shown = [(one, title) for choice, title in _titled(stills or [opening], controls) for one in panels[choice]]
+    named = [(one, ", ".join(filter(None, [one.title, title]))) for one, title in shown]
+    return Explorer(_moving(panels[opening], *grid, height), _still(named, columns, heights, widths, size), controls, frames)
+
+
+def _frames(traces: dict[tuple[Any, ...], Traces], opening: tuple[Any, ...]) -> dict[tuple[Any, ...], Traces]:
+    """For each choice what changes in its traces. Raises ValueError for traces of another kind than the opening's."""
     for choice, found in traces.items():
         if [one["type"] for one in found] != [one["type"] for one in traces[opening]]:
             raise ValueError(
@@ -202,23 +212,18 @@ def explore(
         for key in ("x", "y", "z", "text")
         if one.get(key) != first.get(key)
     }
-    frames = {
+    return {
         choice: [{key: one[key] for key in one if (i, key) in changing} for i, one in enumerate(found)]
         for choice, found in traces.items()
     }
-    grid = min(columns, len(panels[opening])), heights, widths
-    stills = stills or [opening]
+
+
+def _titled(stills: Sequence[tuple[Any, ...]], controls: Mapping[str, Sequence[Any]]) -> list[tuple[tuple[Any, ...], str]]:
+    """The choices of a still figure, each with the words for what differs between them."""
     varied = [i for i in range(len(controls)) if len({choice[i] for choice in stills}) > 1]
-    words = [
-        [str(c) if isinstance(c, str) else f"{label} = {c}" for label, c in zip(controls, choice, strict=True)]
-        for choice in stills
-    ]
-    shown = [
-        (one, ", ".join(filter(None, [one.title, *(word[i] for i in varied)])))
-        for choice, word in zip(stills, words, strict=True)
-        for one in panels[choice]
-    ]
-    return Explorer(_moving(panels[opening], *grid, height), _still(shown, columns, heights, widths, size), controls, frames)
+    labels = list(controls)
+    words = [[c if isinstance(c, str) else f"{labels[i]} = {c}" for i, c in enumerate(choice)] for choice in stills]
+    return [(choice, ", ".join(word[i] for i in varied)) for choice, word in zip(stills, words, strict=True)]
 
 
 def _moving(panels: list[Panel], columns: int, heights: Any, widths: Any, height: int) -> Any:
@@ -236,14 +241,20 @@ def _moving(panels: list[Panel], columns: int, heights: Any, widths: Any, height
             in_legend = {} if trace["type"] == "heatmap" else {"showlegend": trace["name"] not in seen}
             seen.add(trace.get("name", ""))
             figure.add_trace({**trace, **in_legend}, **at)
-        tables = [mark for mark in one.marks if isinstance(mark, Heat)]
-        named = {"type": "category"} if any(isinstance(name, str) for mark in tables for name in mark.x or ()) else {}
-        square = {"constrain": "domain"} if one.square else {}
-        joined = {"scaleanchor": f"x{place + 1 if place else ''}"} if one.square else {}
-        span = {"range": list(one.ylim)} if one.ylim else {"autorange": "reversed"} if tables else {}
-        figure.update_xaxes(title=one.xlabel, visible=not one.bare, **named, **square, **at)
-        figure.update_yaxes(title=one.ylabel, visible=not one.bare, **joined, **square, **span, **at)
+        across, upward = _axes(one, place)
+        figure.update_xaxes(title=one.xlabel, visible=not one.bare, **across, **at)
+        figure.update_yaxes(title=one.ylabel, visible=not one.bare, **upward, **at)
     return figure.update_layout(height=height, legend={"orientation": "h", "y": -75 / (height - 80)}, showlegend=len(seen) > 1)
+
+
+def _axes(panel: Panel, place: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How plotly lays out the two axes of a panel."""
+    tables = [mark for mark in panel.marks if isinstance(mark, Heat)]
+    named = {"type": "category"} if any(isinstance(name, str) for mark in tables for name in mark.x or ()) else {}
+    square = {"constrain": "domain"} if panel.square else {}
+    joined = {"scaleanchor": f"x{place + 1 if place else ''}"} if panel.square else {}
+    span = {"range": list(panel.ylim)} if panel.ylim else {"autorange": "reversed"} if tables else {}
+    return {**named, **square}, {**joined, **square, **span}
 
 
 def _still(panels: list[tuple[Panel, str]], columns: int, heights: Any, widths: Any, size: Any) -> Any:
