@@ -213,7 +213,7 @@ def run_page(
     for path in inputs(page, profile).values():
         if not path.exists():
             raise BookError(f"{page.name}: needs {path.name}, which {path.parent} does not hold yet: make book PROFILE={profile}")
-    today = {"fingerprint": fingerprint(page, profile, given), "commit": commit()}
+    today: dict[str, Any] = {"fingerprint": fingerprint(page, profile, given), "commit": commit()}
     compile_by_content(today["fingerprint"]["modules"])
     with tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent, ignore_cleanup_errors=True) as folder:
         output, made = Path(folder, "run.ipynb"), Path(folder, "makes")
@@ -242,8 +242,8 @@ def run_page(
         notebook.cells.append(nbformat.v4.new_markdown_cell(run_box(run), id="this-run"))
         for number, cell in enumerate(notebook.cells[:-1], start=1):
             cell.id = f"cell-{number}"  # jupytext and papermill draw random ones
-        for path in ("input_path", "output_path"):  # of the folder that is gone in a moment
-            notebook.metadata["papermill"].pop(path)
+        for name in ("input_path", "output_path"):  # of the folder that is gone in a moment
+            notebook.metadata["papermill"].pop(name)
         gate.mark_for_comparison(notebook)
         problems += gate.problems(notebook, page, prose=publish)
         problems = problems or [f"{page.name}: did not make {name}" for name in page.makes if not (made / name).exists()]

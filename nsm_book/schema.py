@@ -56,6 +56,9 @@ def _mapping(name: str) -> dict[Any, Any]:
 
 
 def _all_profiles(budget: dict) -> dict:
+    for profile in budget:
+        if profile not in PROFILES:
+            raise ValueError(unknown("profile", profile, PROFILES))
     if lacking := [profile for profile in PROFILES if profile not in budget]:
         raise ValueError(f"needs seconds for each profile, has none for {', '.join(lacking)}")
     return budget
@@ -75,7 +78,7 @@ class Page(Entry):
     """
 
     name: Annotated[str, Field(pattern=r"^[\w-]+(/[\w-]+)*$")]
-    budget: Annotated[dict[Profile, Annotated[float, Field(gt=0)]], AfterValidator(_all_profiles)]
+    budget: Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_all_profiles)]
     memory: Count
     cores: Count = 1
     needs: Products = ()

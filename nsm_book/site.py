@@ -1,6 +1,6 @@
 """The site: executed pages and prose in one folder, rendered, checked, and switched to in one step."""
 
-import importlib.util
+import importlib.resources
 import json
 import os
 import re
@@ -188,13 +188,11 @@ def stage(profile: str) -> Path:
 
 def local_scripts(folder: Path) -> None:
     """plotly.js and MathJax, taken from the installed packages, for the site's own root: nothing is fetched."""
-    plotly = Path(importlib.util.find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"
-    mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg-full.js"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (plotly, mathjax):
-        target = folder / path.name
-        if not target.exists() or target.stat().st_size != path.stat().st_size:
-            shutil.copy(path, target)
+    from plotly.offline import get_plotlyjs
+
+    mathjax = importlib.resources.files("sphinx-mathjax-offline") / "static" / "mathjax" / "tex-svg-full.js"
+    write_if_changed(folder / "plotly.min.js", get_plotlyjs())
+    write_if_changed(folder / "tex-svg-full.js", mathjax.read_text())
 
 
 def render(folder: Path, profile: str) -> Path:
@@ -271,7 +269,7 @@ def publish(profile: str) -> str:
     repair(rendered)
     copy_notebooks(profile, rendered)
     shutil.copy(store_files(profile)[0], rendered / "results.json")
-    card = {"profile": profile, "built": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ingredients": before}
+    card: dict[str, Any] = {"profile": profile, "built": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ingredients": before}
     card["pages"] = {name: record(entry.run_file(profile)) for name, entry in pages().items()}
     (rendered / "build.json").write_text(json.dumps(card, indent=1) + "\n")
     place = card_file(profile).with_name(f"{profile}-{digest_of(card)[:8]}")

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from nsm_book import BookError, workflow
-from nsm_book.fingerprint import digest, digest_of, files, fingerprint, stale_makers
+from nsm_book.fingerprint import differences, digest, digest_of, files, fingerprint, stale_makers
 from nsm_book.run import DONE, only_run, reasons_kept, run_into, whole
 from nsm_book.schema import BUILD, Page, check_parameters, page, parameters, unknown
 from nsm_book.sweep_table import FACTS, Sweep, SweepRun, read_sweep, sweep_folder
@@ -124,7 +124,12 @@ def collect_table(sweep: Sweep, records: dict[str, dict[str, Any]]) -> None:
     for run in sweep.runs.values():
         record = records.get(run.id, {})
         values = record.get("values", {})
-        about = {"run": run.id, "page": sweep.page.name, "profile": sweep.profile, "status": "done" if record else "failed"}
+        about: dict[str, Any] = {
+            "run": run.id,
+            "page": sweep.page.name,
+            "profile": sweep.profile,
+            "status": "done" if record else "failed",
+        }
         about |= {fact: record.get(fact) for fact in FACTS}
         about |= {f"parameters.{name}": value for name, value in (defaults | run.parameters).items()}
         rows.append(about | {f"values.{key}": values.get(key, {}).get("value") for key in keys})
@@ -161,14 +166,61 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
             "line without quotes. Accepts letters, digits and @%+=:,./-_"
         )
     log = BUILD / "log" / f"sweep-{name}.txt"
+    reasons: list[str] = []
     with workflow.only_build(console) as lock:
         records = finished(sweep)
         waiting_for = stale_makers(sweep.page, sweep.profile)
         # What a page that has to run again makes may be another file: then every run looks for itself.
         todo = [run for run in sweep.runs.values() if waiting_for or run.id not in records]
-        reasons = _make_missing(sweep, todo, records, waiting_for, jobs, profile_dir, console, lock, log)
-        records = _records_after(sweep, wait=bool(profile_dir and todo))
+        if todo:
+            progression = workflow.expectation(sweep.profile, jobs)
+            expected = progression.expected[workflow.rule_name(sweep.page)]
+            seconds = statistics.median([record["seconds"] for record in records.values()] or [expected])
+            where, cores = ("at most", "jobs") if profile_dir else ("on", "cores")
+            console.print(f"{len(todo)} of {len(sweep.runs)} runs to do, {where} {jobs} {cores} at a time", highlight=False)
+            words = _prepare(sweep, todo, seconds, jobs, profile_dir)
+            code = workflow.snakemake(words, progression, console, lock, log, workflow.RunCount(len(todo)))
+            reasons = _what_went_wrong(sweep, todo, waiting_for, progression.failed, code, log)
+            records = _records_after(sweep, wait=bool(profile_dir))
         collect_table(sweep, records)
+    return _summary(sweep, records, reasons, log)
+
+
+def _prepare(sweep: Sweep, todo: list[SweepRun], seconds: float, jobs: int, profile_dir: Path | None) -> list[str]:
+    """Write the plan for the runs that are missing, and return the words that Snakemake is given."""
+    # Those that began and did not end come last: one that hangs, and ends its whole job, keeps no other from running.
+    todo.sort(key=lambda run: (sweep.folder / run.id).exists())
+    for run in todo:
+        (sweep.folder / run.id / "run.failed.txt").unlink(missing_ok=True)
+    write_plan(sweep, todo, seconds, jobs)
+    local = ["--cores", str(jobs), *workflow.memory_of_machine()]
+    place = ["--profile", str(profile_dir.resolve()), "--jobs", str(jobs)] if profile_dir else local
+    return ["sweep", *place, "--config", f"profile={sweep.profile}", f"plan=_build/sweeps/{sweep.name}/plan.json"]
+
+
+def _what_went_wrong(
+    sweep: Sweep, todo: list[SweepRun], waiting_for: list[Page], rules_failed: list[str], code: int, log: Path
+) -> list[str]:
+    """What there is to say once Snakemake has ended, besides the runs that failed.
+
+    Raises:
+        BookError: if the table has to stay as it was.
+    """
+    pages_failed = [page for page in waiting_for if workflow.rule_name(page) in rules_failed]
+    reasons = [workflow.failure(page.run_file(sweep.profile), page.name) for page in pages_failed]
+    began = any((sweep.folder / run.id).exists() for run in todo)
+    if code:
+        reasons += workflow.why_it_ended(code, log, reasons or (["runs failed"] if began else []))
+    behind = [page.name for page in waiting_for if differences(page, sweep.profile)]
+    if behind or code < 0 or (code and not began):
+        needs = f"needs {', '.join(behind)}; " if behind else ""
+        ending = f"sweep {sweep.name}: {needs}its table was left as it was. Snakemake's own log: {log}"
+        raise BookError("\n\n".join([*reasons, ending]))
+    return reasons
+
+
+def _summary(sweep: Sweep, records: dict[str, dict[str, Any]], reasons: list[str], log: Path) -> str:
+    """The line that says what there is now, or a BookError that names the runs that failed."""
     failed = [run for run in sweep.runs.values() if run.id not in records]
     for run in failed[:SHOWN]:
         reason = workflow.failure(sweep.folder / run.id / "run.ipynb", "it did not end, or its page changed meanwhile")
@@ -177,53 +229,12 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
         reasons.append(f"and {len(failed) - SHOWN} more")
     if failed:
         ending = f"{sweep.table} holds the others. Snakemake's own log: {log}"
-        reasons.append(f"sweep {name}: {len(failed)} of {len(sweep.runs)} runs failed; {ending}")
+        reasons.append(f"sweep {sweep.name}: {len(failed)} of {len(sweep.runs)} runs failed; {ending}")
         raise BookError("\n\n".join(reasons))
     keys = [*dict.fromkeys(key for record in records.values() for key in record["values"]), "seconds", "peak_memory_mb"]
     if sweep.measure is not None and sweep.measure not in keys:
-        raise BookError(f"sweep {name}: all runs are done, but {unknown('measure', sweep.measure, keys)}")
-    return f"sweep {name}: {len(sweep.runs)} runs, all done: {sweep.table}"
-
-
-def _make_missing(
-    sweep: Sweep, todo: list[SweepRun], records: dict, waiting_for: list[Page], jobs: int, profile_dir: Path | None,
-    console: Console, lock, log: Path,
-) -> list[str]:  # fmt: skip
-    """Let Snakemake make the runs that are missing, and the pages before them; return what there is to say of pages
-    that failed.
-
-    Raises:
-        BookError: if the table has to stay as it was.
-    """
-    if not todo:
-        return []
-    # Those that began and did not end come last: one that hangs, and ends its whole job, keeps no other from running.
-    todo.sort(key=lambda run: (sweep.folder / run.id).exists())
-    for run in todo:
-        (sweep.folder / run.id / "run.failed.txt").unlink(missing_ok=True)
-    progression = workflow.expectation(sweep.profile, jobs)
-    own = progression.expected[workflow.rule_name(sweep.page)]
-    seconds = statistics.median([record["seconds"] for record in records.values()] or [own])
-    plan = write_plan(sweep, todo, seconds, jobs)
-    where, cores = ("at most", "jobs") if profile_dir else ("on", "cores")
-    console.print(f"{len(todo)} of {len(sweep.runs)} runs to do, {where} {jobs} {cores} at a time", highlight=False)
-    place = ["--profile", str(profile_dir.resolve()), "--jobs", str(jobs)] if profile_dir else ["--cores", str(jobs)]
-    place += [] if profile_dir else workflow.memory_of_machine()
-    words = ["sweep", *place, "--config", f"profile={sweep.profile}", f"plan=_build/sweeps/{sweep.name}/plan.json"]
-    code = workflow.snakemake(words, progression, console, lock, log, workflow.RunCount(len(todo)))
-    pages_failed = [page for page in waiting_for if workflow.rule_name(page) in progression.failed]
-    reasons = [workflow.failure(page.run_file(sweep.profile), page.name) for page in pages_failed]
-    began = any((sweep.folder / "steps" / step).exists() for step in plan["steps"]) or any(
-        (sweep.folder / run.id).exists() for run in todo
-    )
-    behind = stale_makers(sweep.page, sweep.profile) if waiting_for else []
-    if code:
-        reasons += workflow.why_it_ended(code, log, reasons or (["failed"] if began else []))
-    if behind or code < 0 or (code and not began):
-        needs = f"needs {', '.join(page.name for page in behind)}; " if behind else ""
-        reasons.append(f"sweep {sweep.name}: {needs}its table was left as it was. Snakemake's own log: {log}")
-        raise BookError("\n\n".join(reasons))
-    return reasons
+        raise BookError(f"sweep {sweep.name}: all runs are done, but {unknown('measure', sweep.measure, keys)}")
+    return f"sweep {sweep.name}: {len(sweep.runs)} runs, all done: {sweep.table}"
 
 
 def _records_after(sweep: Sweep, wait: bool) -> dict[str, dict[str, Any]]:

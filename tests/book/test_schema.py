@@ -187,7 +187,7 @@ WRONG = [  # another text of a file of the small book, or a change in it
     ("pages.yml", "- a\n", "book/pages.yml: accepts `PAGE: {key: value}`, got ['a']"),
     ("pages.yml", "group/first:\n", "group/first: accepts the keys name, budget, memory, "),
     ("pages.yml", "group/first: {memory: 5}\n", "group/first: budget: Field required, got nothing"),
-    ("pages.yml", PAGES.replace("full: 2", "fulll: 2"), "budget: Input should be 'quick' or 'full', got 'fulll'"),
+    ("pages.yml", PAGES.replace("full: 2", "fulll: 2"), "budget: unknown profile 'fulll'; nearest: full; accepted: quick, full"),
     ("pages.yml", PAGES.replace(", full: 2", ""), "budget: needs seconds for each profile, has none for full"),
     ("pages.yml", PAGES.replace("full: 2", "full: 0"), "budget: full: Input should be greater than 0, got 0"),
     ("pages.yml", PAGES.replace("full: 2", "full: .inf"), "Input should be a finite number, got inf"),
