@@ -11,7 +11,7 @@
     figure.classList.add("nsm-ready-stepper");
     const pairs = JSON.parse(figure.querySelector(".nsm-machines").textContent);
     const part = (role) => figure.querySelector(`[data-role="${role}"]`);
-    const choice = part("pair"), field = part("string"), said = part("said");
+    const choice = part("pair"), field = part("string"), message = part("message");
     for (const hidden of figure.querySelectorAll(".nsm-needs-script")) hidden.hidden = false;
 
     function words(pair, side, tokens) {
@@ -35,7 +35,7 @@
       const after = tokens.length ? `After ${known.join("")}` : "Before the first token";
       const verdict = parts < 0 ? "They have agreed at every step." :
         parts === 0 ? "They differ before the first token." : `They first differed after ${known.slice(0, parts).join("")}.`;
-      said.textContent = `${known.length === typed.length ? "" : `Tokens are 0 to ${pair.tokens - 1}. `}` +
+      message.textContent = `${known.length === typed.length ? "" : `Tokens are 0 to ${pair.tokens - 1}. `}` +
         `${after}: true ${words(pair, "true", tokens)}; learned ${words(pair, "learned", tokens)}. ${verdict}`;
       part("example").disabled = pair.example === null;
       part("example").textContent = pair.example === null ? "they never part" : "where they part";

@@ -206,7 +206,8 @@ class SidecarRun(HybridRun[nn.ModuleDict]):
     learning_rate: float = 3e-3  #: of the distillation; tuning has a third of it
 
     def build(self) -> nn.ModuleDict:
-        return nn.ModuleDict({str(i): one for i, one in make_sidecars(self.base_model(), self.own_seed, self.mamba).items()})
+        sidecars = make_sidecars(self.base_model(), self.own_seed, self.mamba)
+        return nn.ModuleDict({str(i): sidecar for i, sidecar in sidecars.items()})
 
     def _plan(self, steps: int, learning_rate: float, interval: int) -> TrainingConfig:
         return TrainingConfig(
@@ -260,7 +261,7 @@ class AttachedRun(HybridRun[BlockFFNModel]):
 
     def load_sidecars(self) -> Sidecars:
         """The run's sidecars as they are in the file, on its device."""
-        return {i: one.to(self.setup.device) for i, one in load_sidecars(self.sidecars)[self.base, self.seed].items()}
+        return {i: sidecar.to(self.setup.device) for i, sidecar in load_sidecars(self.sidecars)[self.base, self.seed].items()}
 
 
 class Mixture(NamedTuple):
@@ -298,7 +299,7 @@ class SweepRun(AttachedRun):
         for mixture in self.mixtures:
             with mixed(model, kinds[mixture.sidecars], mixture.alpha):
                 nats[mixture] = score_windows(model, test).nats
-        return Scores([{**one._asdict(), "nats": nats[one].mean().item()} for one in self.mixtures], nats)
+        return Scores([{**mixture._asdict(), "nats": value.mean().item()} for mixture, value in nats.items()], nats)
 
 
 def model_pass(run: AttachedRun, alpha: float | None, tokens: Tensor) -> Callable[[], Tensor]:

@@ -277,13 +277,13 @@ def test_languages_are_their_definitions(machines, name):
     words = torch.tensor(list(itertools.product((0, 1), repeat=11)))
     outputs = run(machines[name], words)[1].tolist()
     expected = {}
-    for word, said in zip(words.tolist(), outputs, strict=True):
+    for word, outputs_of_word in zip(words.tolist(), outputs, strict=True):
         text = "".join(map(str, word))
         for end in range(1, 12):
             prefix = text[:end]
             if prefix not in expected:
                 expected[prefix] = MEMBER[name](prefix)
-            assert said[end - 1] == expected[prefix], prefix
+            assert outputs_of_word[end - 1] == expected[prefix], prefix
     assert machines[name].output[machines[name].start] == MEMBER[name]("")
     assert len(set(classes_alike(machines[name]).tolist())) == machines[name].num_states, "the table is minimal"
 

@@ -132,17 +132,17 @@ def here(page) -> tuple[str, str]:
 class TestInBrowser:
     def test_a_typed_string_moves_both_and_tells_where_they_part(self, chromium, folder):
         page = opened(chromium, folder)
-        field, said = page.get_by_label("string"), page.get_by_role("status")
-        assert here(page) == ("0", "0") and "agreed at every step" in said.inner_text()
+        field, status = page.get_by_label("string"), page.get_by_role("status")
+        assert here(page) == ("0", "0") and "agreed at every step" in status.inner_text()
         field.fill("10")
-        assert here(page) == ("2", "2") and "agreed at every step" in said.inner_text()
+        assert here(page) == ("2", "2") and "agreed at every step" in status.inner_text()
         field.fill("101")
         assert here(page) == ("3", "3")
-        assert "true state 3, accepts; learned state 3, rejects. They first differed after 101." in said.inner_text()
+        assert "true state 3, accepts; learned state 3, rejects. They first differed after 101." in status.inner_text()
         field.fill("1010")
-        assert here(page) == ("4", "3") and "They first differed after 101." in said.inner_text()
+        assert here(page) == ("4", "3") and "They first differed after 101." in status.inner_text()
         field.fill("1x2")
-        assert field.input_value() == "1" and "Tokens are 0 to 1." in said.inner_text()
+        assert field.input_value() == "1" and "Tokens are 0 to 1." in status.inner_text()
 
     def test_everything_works_by_keyboard(self, chromium, folder):
         page = opened(chromium, folder)

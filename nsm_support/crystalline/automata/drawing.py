@@ -155,7 +155,7 @@ def stepper(pairs: Sequence[Pair], *, name: str, caption: str) -> str:
     data = json.dumps([_data(pair) for pair in pairs], separators=(",", ":"))
     return (
         f'<figure class="nsm-figure nsm-stepper" id="fig-{name}">{controls}{drawn}'
-        f'<p class="nsm-said nsm-needs-script" data-role="said" role="status" hidden></p>'
+        f'<p class="nsm-message nsm-needs-script" data-role="message" role="status" hidden></p>'
         f'<script type="application/json" class="nsm-machines">{data}</script>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
@@ -183,13 +183,13 @@ def _still(pair: Pair, example: Sequence[int] | None) -> str:
     if example is None:
         return '<p class="nsm-still-run">No string tells them apart: the two are equivalent.</p>'
     both = [minimise(pair.true), minimise(pair.learned)]
-    state = [one.start for one in both]
+    state = [automaton.start for automaton in both]
     heads = "".join(f'<th scope="col">{word}</th>' for word in ("read", "true state", "output", "learned state", "output"))
     rows = []
     for step in range(len(example) + 1):
         if step:
-            state = [int(one.transition[s, example[step - 1]]) for one, s in zip(both, state, strict=True)]
-        cells = "".join(f"<td>{s}</td><td>{int(one.output[s])}</td>" for one, s in zip(both, state, strict=True))
+            state = [int(machine.transition[s, example[step - 1]]) for machine, s in zip(both, state, strict=True)]
+        cells = "".join(f"<td>{s}</td><td>{int(machine.output[s])}</td>" for machine, s in zip(both, state, strict=True))
         rows.append(f'<tr><th scope="row">{"".join(map(str, example[:step])) or "nothing"}</th>{cells}</tr>')
     return (
         f'<table class="nsm-still-run"><caption>A shortest string on which they part</caption><thead><tr>{heads}</tr>'
@@ -198,10 +198,10 @@ def _still(pair: Pair, example: Sequence[int] | None) -> str:
 
 
 def _data(pair: Pair) -> dict:
-    smallest = {side: minimise(one) for side, one in (("true", pair.true), ("learned", pair.learned))}
+    smallest = {side: minimise(given) for side, given in (("true", pair.true), ("learned", pair.learned))}
     machines = {
-        side: {"start": one.start, "transition": one.transition.tolist(), "output": one.output.tolist()}
-        for side, one in smallest.items()
+        side: {"start": machine.start, "transition": machine.transition.tolist(), "output": machine.output.tolist()}
+        for side, machine in smallest.items()
     }
     example = compare(pair.learned, pair.true).counter_example
     acceptor = int(pair.true.output.max()) <= 1
