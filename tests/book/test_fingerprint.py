@@ -19,6 +19,7 @@ def really_imported(cells: list[str]) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", schema.pages().values(), ids=lambda page: page.name)
 def test_a_pages_modules_hold_all_that_python_loads(page):
     assert really_imported(page_code(page)) <= set(imported_modules(page_code(page)))
