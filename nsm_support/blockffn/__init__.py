@@ -1,4 +1,8 @@
-"""Feed-forward layers in routed blocks, a language model of them, and hybrids whose attention the routing gates."""
+"""Feed-forward layers in routed blocks, a language model of them, and hybrids whose attention the routing gates.
+
+To be read in this order: `router` → `ffn` → `attention` → `model` → `checkpoint` (published weights) → `objectives` (of
+training) → `signals` (what routing shows) → `gates` → `hybrid`.
+"""
 
 from nsm_support.blockffn.checkpoint import load_checkpoint
 from nsm_support.blockffn.ffn import BlockFFN, blockffn_reference, blockffn_sparse

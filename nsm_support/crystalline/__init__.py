@@ -1,4 +1,7 @@
-"""Discrete codes in sequence models, the finite automata that make their data, and the automata read out of the codes."""
+"""Discrete codes in sequence models, the finite automata that make their data, and the automata read out of the codes.
+
+To be read in this order: `automata` (machines, and what is read out of codes) → `codes` (in a transformer) → `recurrent`.
+"""
 
 from nsm_support.crystalline.automata import FiniteStateMachine, FSMConfig
 from nsm_support.crystalline.codes.alignment import compute_state_code_alignment, plot_code_state_alignment

@@ -1,1 +1,1 @@
-"""A recurrent machine whose state is one code, and its training."""
+"""A recurrent machine whose state is one code: `model` (the cell, and its table of transitions) → `training`."""
