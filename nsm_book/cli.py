@@ -104,7 +104,7 @@ def diff(first, second):
     from rich.console import Console
 
     from nsm_book import diff
-    from nsm_book.stores import read_store
+    from nsm_book.compared import read_store
 
     try:
         found = diff.compare(read_store(first), read_store(second))

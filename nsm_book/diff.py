@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nsm_book import BookError
-from nsm_book.stores import Run
+from nsm_book.compared import Run
 
 BEYOND = "Moved beyond the interval of A"
 VERDICTS = "Verdicts that changed"

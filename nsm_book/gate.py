@@ -111,15 +111,11 @@ def _bad_sentences(cells: Cells, values: Values) -> list[str]:
     return found + [f"{where}: {word} is typed by hand: {accepted} in its paragraph" for where, word in typed]
 
 
-def answer_keys(id: str) -> dict[str, str]:
-    """Under which names a run glues its answer to a claim."""
-    return {"estimate": id, **{part: f"{id}_{part}" for part in ("low", "high", "n", "verdict")}}
-
-
 def _bad_answer(claim: Claim, values: Values, spoken: set[str]) -> list[str]:
     """What is wrong with a page's answer: missing, not by the claim's rule, or not in its prose."""
     try:
-        answer = {part: values[key]["value"] for part, key in answer_keys(claim.id).items()}
+        keys = {"estimate": claim.id} | {part: f"{claim.id}_{part}" for part in ("low", "high", "n", "verdict")}
+        answer = {part: values[key]["value"] for part, key in keys.items()}
         word = answer.pop("verdict")
         right = verdict(claim.rule.model_dump(), **answer)
     except KeyError as error:

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from nsm_book import BookError, diff, store, stores
+from nsm_book import BookError, compared, diff, store
 from nsm_book.cli import main
+from nsm_book.compared import Run, read_store
 from nsm_book.diff import BEYOND, OTHER, VERDICTS, Shown
 from nsm_book.fingerprint import digest_of
-from nsm_book.stores import Run, read_store
 
 
 def run(page="group/first", parameters=None, **values) -> Run:
@@ -185,8 +185,8 @@ def test_a_parquet_file_of_something_else_is_refused(tmp_path):
 
 
 def test_names_without_a_store_say_how_to_make_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "BUILD", tmp_path)
-    monkeypatch.setattr(stores, "sweeps", lambda: {"states": tmp_path})
+    monkeypatch.setattr(compared, "BUILD", tmp_path)
+    monkeypatch.setattr(compared, "sweeps", lambda: {"states": tmp_path})
     (tmp_path / "empty").mkdir()
     for given, told in [
         ("quick", "quick has no results yet: make book PROFILE=quick"),

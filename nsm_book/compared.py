@@ -1,4 +1,4 @@
-"""Read the results that runs left: of a profile, of a sweep, of a file or of a folder of runs."""
+"""The runs that `nsm-book diff` compares: of a profile, of a sweep, of a file or of a folder."""
 
 import json
 from pathlib import Path
