@@ -11,7 +11,9 @@ from nsm_support.crystalline.recurrent.training import History, RecurrentTrainin
 from nsm_support.studies.protocol import measure
 from nsm_support.studies.recurrent import RecurrentRun, build_machines, cluster_automaton, futures_after_writing, predict_relaxed
 
-PARITY = RecurrentRun(machine="parity", seeds=(0, 1, 2), training=RecurrentTraining(steps=200, record_every=50), num_codes=16)
+PARITY = RecurrentRun(
+    machine="parity", seeds=(0, 1, 2), training=RecurrentTraining(steps=200, record_every=50), num_codes=16, factor=5, strings=50
+)
 
 
 def randoms(*seeds: int) -> list[torch.Generator]:
