@@ -314,6 +314,5 @@ def _config(kind: type, given: dict[str, Any]) -> Any:
         value = given[field.name]
         if is_dataclass(types[field.name]):
             value = _config(types[field.name], value)
-        if field.init:
-            made[field.name] = tuple(value) if isinstance(value, list) else value
+        made[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**made)

@@ -55,8 +55,8 @@ class Passed(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerConfig:
-    """Everything that makes an `NSMLayer`."""
+class LayerSizes:
+    """What a layer and a model of layers have in common."""
 
     num_states: int = 16  # S
     max_states: int | None = None  # how far `allocate` may go
@@ -71,9 +71,15 @@ class LayerConfig:
     temperature: float = 1.0  # of the router
     mix: str = "gate"  # or "sum", "fixed" (with alpha), "local" (leaves the states out), "read"
     alpha: float = 0.5
-    rotary: bool = False  # positions inside the window
     ffn_multiple: int = 4  # inner width of the feed-forward part, in token widths
     dropout: float = 0.0  # on both residual branches, in training only
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerConfig(LayerSizes):
+    """Everything that makes an `NSMLayer`."""
+
+    rotary: bool = False  # positions inside the window
 
 
 class NSMLayer(nn.Module):

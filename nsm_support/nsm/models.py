@@ -4,7 +4,7 @@ Letters: B batch, T tokens, D token width, S states, M state width, H heads, C o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from nsm_support.checks import check, check_choice, check_ends, check_sizes
 from nsm_support.models import SequenceModel, Stream, Trace
-from nsm_support.nsm.layer import LayerConfig, NSMLayer
+from nsm_support.nsm.layer import LayerSizes, NSMLayer
 from nsm_support.nsm.states import Pruned
 
 POSITIONS = ("rotary", "learned", "none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NSMConfig(LayerConfig):
+class NSMConfig(LayerSizes):
     """Everything that makes an `NSM`; raises ValueError for fields that do not fit.
 
     Inputs are vectors [B,T,input_dim] or token numbers [B,T] below vocab_size: give one of the two.
@@ -33,8 +33,6 @@ class NSMConfig(LayerConfig):
     num_layers: int = 2
     positions: str = "rotary"  # inside the window; or "learned", a table of max_length; or "none"
     max_length: int | None = None
-    rotary: bool = field(init=False)  # what `positions` says
-    states_per_layer: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         check_choice(self, POSITIONS, "positions")
@@ -44,9 +42,10 @@ class NSMConfig(LayerConfig):
         check(self, fits, "one number, or one per layer", "num_states", "num_layers")
         if isinstance(self.num_states, Sequence):
             object.__setattr__(self, "num_states", tuple(self.num_states))
-        each = self.num_states if isinstance(self.num_states, tuple) else (self.num_states,) * self.num_layers
-        object.__setattr__(self, "states_per_layer", each)
-        object.__setattr__(self, "rotary", self.positions == "rotary")
+
+    @property
+    def states_per_layer(self) -> tuple[int, ...]:
+        return self.num_states if isinstance(self.num_states, tuple) else (self.num_states,) * self.num_layers
 
 
 class NSM(SequenceModel):
@@ -59,7 +58,8 @@ class NSM(SequenceModel):
     Config = NSMConfig
 
     def __init__(self, config: NSMConfig):
-        options = {f.name: getattr(config, f.name) for f in fields(LayerConfig) if f.name != "num_states"}
+        options = {f.name: getattr(config, f.name) for f in fields(LayerSizes) if f.name != "num_states"}
+        options["rotary"] = config.positions == "rotary"
         layers = (NSMLayer(num_states, **options) for num_states in config.states_per_layer)
         pooled = config.head == "classification" and config.mix != "local"
         super().__init__(config, layers, config.chunk is not None, config.token_dim + config.state_dim * pooled)
@@ -153,4 +153,4 @@ class SimpleNSM(NSM):
 
     @classmethod
     def from_config(cls, config: NSMConfig) -> Self:
-        return cls(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
+        return cls(**asdict(config))
