@@ -171,6 +171,7 @@ def test_what_editors_leave_beside_the_sweeps_is_no_sweep(small):
             sweep_table.read_sweep(name)
 
 
+@pytest.mark.slow
 def test_ninety_thousand_runs_are_checked_in_seconds(small):
     began = time.process_time()
     counts = list(range(300))
@@ -371,6 +372,7 @@ def as_csv(rows) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_any_table_of_runs_is_accepted_or_refused_in_one_line(small):
     """800 tables: whole ones, wrong ones, and ones with harm put in at any place."""
     accepted, refusals = [], []

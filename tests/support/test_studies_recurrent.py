@@ -30,6 +30,7 @@ def parity():
     return measure(PARITY)
 
 
+@pytest.mark.slow
 def test_parity_is_learned_and_proven(parity):
     history = History(**parity.tensors)
     for seed, row in enumerate(parity.rows):
