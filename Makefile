@@ -6,7 +6,7 @@ PROFILE ?= quick
 PYTHON ?= python3
 BIN := .venv/bin
 
-FAST := not slow and not kernel and not browser and not slurm
+FAST := not slow and not built and not kernel and not browser and not slurm
 
 .PHONY: book check test rerun serve notebooks bench clean
 

@@ -81,6 +81,7 @@ def test_every_figure_goes_through_show_with_words(page):
         assert f'href="#fig-{name}"' in text, f"figure {name} is never referred to"
 
 
+@pytest.mark.built
 def test_glue_keys_resolve_and_are_used(page):
     run = nbformat.read(page.run_file("quick"), 4)
     keys = gate.glued(run)
@@ -97,6 +98,7 @@ def test_prose_holds_no_result_typed_by_hand(page):
             assert not re.search(r"\d+\.\d+ ?(%|×|ms|s\b)|\d ?%", prose.replace("95 %", "")), prose[:200]
 
 
+@pytest.mark.built
 def test_claims_keep_to_their_schema_and_are_answered():
     for claim in schema.claims():
         keys = gate.glued(nbformat.read(schema.page(claim.page).run_file("quick"), 4))

@@ -186,6 +186,7 @@ def test_a_column_holds_one_kind_of_value():
     assert sweep._column([1, None]) == [1, None] and sweep._column([[1], [2]]) == [[1], [2]]
 
 
+@pytest.mark.built
 def test_the_books_own_sweeps_and_the_manuals_are_accepted(monkeypatch, tmp_path):
     for name in sweep_table.sweeps():
         found = sweep_table.read_sweep(name)
