@@ -66,10 +66,9 @@ def load_checkpoint(source: str | Path, *, device: str = "cpu", dtype: torch.dty
             through `huggingface_hub` (cached, and offline where its cache holds it).
         dtype: of the weights in memory; they are mostly published in bfloat16.
 
-    Raises:
-        FileNotFoundError: if there is no such folder, or a file of it is missing.
-        CheckpointError: for another model type, or one that this package cannot compute; for names or shapes of
-            tensors that do not fit; for a file that is damaged or holds more than weights.
+    Raises FileNotFoundError if there is no such folder, or a file of it is missing; CheckpointError for another model type, or
+    one that this package cannot compute; for names or shapes of tensors that do not fit; for a file that is damaged or holds
+    more than weights.
     """
     folder = _folder(source)
     config = read_config(folder)

@@ -136,8 +136,7 @@ class BlockFFN(BlockRouter):
         path: "dense" computes every block for every token, "sparse" the blocks in use; "auto" the one that is faster, on
             a CPU: elsewhere the dense one. The paths agree to rounding, not to the bit.
 
-    Raises:
-        ValueError: as `BlockRouter`, or for another path.
+    Raises ValueError as `BlockRouter`, or for another path.
     """
 
     def __init__(self, dim: int, num_experts: int, expert_size: int, *, path: str = "auto", **router):

@@ -41,8 +41,7 @@ class Gate(nn.Module):
         temperature: scale of a soft gate, in standard deviations of the signal (of "learned", in its own units).
         seed: of the random draws. Give each layer its own.
 
-    Raises:
-        ValueError: for another mode, an alpha outside 0 … 1, a temperature not above 0, "learned" without a width.
+    Raises ValueError for another mode, an alpha outside 0 … 1, a temperature not above 0, "learned" without a width.
     """
 
     threshold: Tensor
@@ -80,8 +79,7 @@ class Gate(nn.Module):
         Args:
             sparsity: [B,T], for the gates that need routing. distance: of the two outputs [B,T], for the oracle.
 
-        Raises:
-            ValueError: if the gate is not calibrated, or a sequence is longer than the calibration's (position).
+        Raises ValueError if the gate is not calibrated, or a sequence is longer than the calibration's (position).
         """
         if self.kind == "fixed":
             return x.new_full(x.shape[:2], self.alpha)

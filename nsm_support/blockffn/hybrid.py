@@ -61,8 +61,7 @@ class GatedHybridLayer(nn.Module):
             the same token in the layer before; or "own", this layer's router on what enters the mixing, under the norm
             that it was trained with.
 
-    Raises:
-        ValueError: for another source.
+    Raises ValueError for another source.
     """
 
     def __init__(self, layer: BlockFFNLayer, sidecar: MambaSidecar, gate: Gate, source: str = "previous"):
@@ -121,9 +120,7 @@ def attach(
     model: BlockFFNModel, sidecars: Mapping[int, MambaSidecar], gate: Callable[[int], Gate], *, source: str = "previous"
 ) -> None:
     """Put a `GatedHybridLayer` in the place of each layer that has a sidecar; `gate(layer number)` makes its gate.
-
-    Raises:
-        ValueError: for a layer that the model does not have, or that has a sidecar already.
+    Raises ValueError for a layer that the model does not have, or that has a sidecar already.
     """
     for index in sidecars:
         if not 0 <= index < len(model.layers) or isinstance(model.layers[index], GatedHybridLayer):
@@ -183,8 +180,7 @@ def distillation_errors(model: BlockFFNModel, sidecars: Mapping[int, MambaSideca
     Args:
         sidecars: by layer number. tokens: [B,T].
 
-    Raises:
-        ValueError: if a sidecar is attached: then the layers' own inputs are not to be had.
+    Raises ValueError if a sidecar is attached: then the layers' own inputs are not to be had.
     """
     if any(isinstance(layer, GatedHybridLayer) for layer in model.layers):
         raise ValueError("sidecars are attached; detach them before they are distilled")

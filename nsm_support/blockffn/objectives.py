@@ -13,11 +13,8 @@ from nsm_support.blockffn.router import Routed
 def locality_loss(routed: Routed, sharpness: float = 100.0) -> Tensor:
     """How differently neighbouring tokens use the blocks: BCE(σ(α z_t), σ(α z_{t+1})), mean over pairs and blocks.
 
-    The paper's activation locality, of the logits z [...,T,E] that `routed` holds; α is the sharpness. Both tokens are
-    pulled, each towards the other.
-
-    Raises:
-        ValueError: for fewer than 2 tokens.
+    The paper's activation locality, of the logits z [...,T,E] that `routed` holds; α is the sharpness. Both tokens are pulled,
+    each towards the other. Raises ValueError for fewer than 2 tokens.
     """
     sharp = sharpness * routed.logits
     if sharp.shape[-2] < 2:
@@ -29,12 +26,9 @@ def chunk_sparsity_loss(routed: Routed, size: int = 64) -> Tensor:
     """How many blocks a chunk of `size` tokens uses: 1 − mean over chunks and blocks of Π_chunk (1 − p).
 
     p = ReLU(z) / Σ_e ReLU(z_e) for the logits z [...,T,E] that `routed` holds: were p the probability that a token uses a
-    block, this would be the share of blocks that a chunk is expected to use. It is least where the tokens of a chunk
-    share few blocks. The paper writes Π (1 − p) as exp Σ ln(1 − p); the product has a gradient at p = 1 too. Tokens after
-    the last whole chunk are left out.
-
-    Raises:
-        ValueError: for fewer than `size` tokens.
+    block, this would be the share of blocks that a chunk is expected to use. It is least where the tokens of a chunk share few
+    blocks. The paper writes Π (1 − p) as exp Σ ln(1 − p); the product has a gradient at p = 1 too. Tokens after the last whole
+    chunk are left out. Raises ValueError for fewer than `size` tokens.
     """
     active = F.relu(routed.logits)
     p = active / (active.sum(-1, keepdim=True) + 1e-5)
@@ -49,10 +43,8 @@ def token_sparsity(scores: Tensor) -> Tensor:
 def chunk_sparsity(scores: Tensor, size: int) -> Tensor:
     """Share of the blocks that no token of a chunk of `size` uses: scores [...,T,E] → [...,T // size].
 
-    Tokens after the last whole chunk are left out: a shorter one would look sparser.
-
-    Raises:
-        ValueError: for fewer than `size` tokens.
+    Tokens after the last whole chunk are left out: a shorter one would look sparser. Raises ValueError for fewer than `size`
+    tokens.
     """
     return (chunks(scores, size) == 0).all(-2).to(scores.dtype).mean(-1)
 

@@ -31,8 +31,7 @@ class BlockRouter(nn.Module):
         norm_after_router: "rms" (the paper's), "sum" (ReLU(W_r x) over its sum times `norm_scale`) or "none".
         norm_scale: of "sum" only. eps: of "rms" only.
 
-    Raises:
-        ValueError: for sizes that are not whole numbers from 1 up, or a norm of another name.
+    Raises ValueError for sizes that are not whole numbers from 1 up, or a norm of another name.
     """
 
     def __init__(self, dim: int, num_experts: int, *, norm_after_router: str = "rms", norm_scale: float = 1.0, eps: float = 1e-5):

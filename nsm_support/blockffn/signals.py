@@ -20,9 +20,7 @@ class RoutingExtractor:
             activations = extractor(tokens)
 
     Layers are numbered as they come in the model; where some layers are dense, the routed ones alone are counted.
-
-    Raises:
-        ValueError: if the model has no router.
+    Raises ValueError if the model has no router.
     """
 
     def __init__(self, model: nn.Module):
@@ -42,9 +40,7 @@ class RoutingExtractor:
         """Run the model on token numbers [B,T]: the routers' activations ReLU(W_r x) [L,B,T,E], before their norm.
 
         Element [l,b,t] is what layer l made of token [b,t] itself. The model is in eval mode meanwhile.
-
-        Raises:
-            RuntimeError: after `remove`, or if a router was not called exactly once.
+        Raises RuntimeError after `remove`, or if a router was not called exactly once.
         """
         for recorded in self._logits:
             recorded.clear()

@@ -67,10 +67,8 @@ class BenchmarkRun(FittedRun[nn.Module, Batch]):
         return _task(self.task, fold, seed, tuple(sorted(self.sizes.items())))
 
     def build(self) -> nn.Module:
-        """A fresh model, within 5 % of the parameters of the Transformer of width `width`.
-
-        Raises:
-            ValueError: for a model that there is not, or if no width comes within 5 %.
+        """A fresh model, within 5 % of the parameters of the Transformer of width `width`. Raises ValueError for a model that
+        there is not, or if no width comes within 5 %.
         """
         check_choice(self, (*MODELS, "CNN"), "model")
         task = replace(self, seed=0).load_task()

@@ -38,9 +38,7 @@ def _training_windows(text: str | None, vocab_size: int, window: int):
 
 def windows(chapters: Sequence[Tensor], length: int) -> Windows:
     """Whole windows of chapters one after the other, from the first token on: inputs and targets [B,length].
-
-    Raises:
-        ValueError: if there is not one.
+    Raises ValueError if there is not one.
     """
     tokens = torch.cat(tuple(chapters))
     count = (len(tokens) - 1) // length
@@ -53,12 +51,10 @@ def windows(chapters: Sequence[Tensor], length: int) -> Windows:
 def routing_measures(scores: Sequence[Tensor]) -> dict[str, float]:
     """What the scores [B,T,E] of each layer's routing say of a model: means over layers, tokens or chunks, and blocks.
 
-    `token_sparsity`, `chunk_8_sparsity` and `chunk_64_sparsity`, and `chunk_8_scattered` and `chunk_64_scattered`: the
-    same of as many tokens from anywhere, drawn without replacement, in expectation. Each with `_alive` behind its name over
-    those blocks alone that some token here uses. And `dead_experts`, how many blocks of all layers none does.
-
-    Raises:
-        ValueError: for fewer than 64 tokens, or if a layer uses no block at all.
+    `token_sparsity`, `chunk_8_sparsity` and `chunk_64_sparsity`, and `chunk_8_scattered` and `chunk_64_scattered`: the same of
+    as many tokens from anywhere, drawn without replacement, in expectation. Each with `_alive` behind its name over those
+    blocks alone that some token here uses. And `dead_experts`, how many blocks of all layers none does. Raises ValueError for
+    fewer than 64 tokens, or if a layer uses no block at all.
     """
     measures: dict[str, list[float]] = {}
     dead = [dead_experts(layer) for layer in scores]
@@ -104,9 +100,7 @@ def chapter_losses(model: BlockFFNModel, chapters: Sequence[Tensor], window: int
 
 def score_chapters(model: BlockFFNModel, chapters: Sequence[Tensor], window: int) -> Scores:
     """What a model is worth on chapters that it never saw: one row, and the tensors `losses`, as `LanguageModelRun` has them.
-
-    Raises:
-        ValueError: if the chapters together do not fill a window.
+    Raises ValueError if the chapters together do not fill a window.
     """
     with evaluating(model):
         loss, measures = _measures(model, windows(chapters, window))
@@ -171,10 +165,8 @@ class TrainedModels(NamedTuple):
 
 
 def save_trained(path: str | os.PathLike[str], models: Mapping[int, BlockFFNModel], tokenizer: Tokenizer) -> None:
-    """Write models of one config, and their tokenizer, in one file, whole or not at all.
-
-    Raises:
-        ValueError: if there is no model, or configs differ.
+    """Write models of one config, and their tokenizer, in one file, whole or not at all. Raises ValueError if there is no
+    model, or configs differ.
     """
     configs = [model.config for model in models.values()]
     if not configs or any(config != configs[0] for config in configs):

@@ -140,10 +140,8 @@ class FittedRun(Run[Network], Generic[Network, Batch]):
 def measure(run: Run[Any]) -> Result:
     """Build a run's model from its seed, score it, train it, and score it again.
 
-    The global random state is left as it was.
-
-    Raises:
-        FloatingPointError: if the loss is not finite, unless the study scores such runs.
+    The global random state is left as it was. Raises FloatingPointError if the loss is not finite, unless the study scores such
+    runs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)

@@ -64,9 +64,7 @@ def after_writing(model: CrystallineTransformer, bottleneck: Bottleneck, machine
     """P(next node | a node was read) [N, N], after code n of `codes` [N] was written over what stood for node n.
 
     It is written where the node's last digit was read, and nowhere else; None writes nothing. Rows may sum to less than 1.
-
-    Raises:
-        ValueError: if `codes` are not N codes of the bottleneck.
+    Raises ValueError if `codes` are not N codes of the bottleneck.
     """
     K = bottleneck.config.codebook_size
     if codes is not None and (codes.shape != (machine.num_nodes,) or codes.min() < 0 or codes.max() >= K):

@@ -23,11 +23,8 @@ GATED_HYBRID = ("mode", "temperature", "threshold", "alpha", "perplexity", "delt
 def prompt_record(prompt: str, tokens: Sequence[str], activations: Tensor) -> dict[str, Any]:
     """One entry of `routing_signals.json`: of a prompt, its T tokens as strings, and activations [L,T,E].
 
-    Beside the fields that the first notebook reads, `per_token_sparsity` {layer: [T]} and `active_experts` {layer: [T
-    lists of experts]}: entry t belongs to tokens[t].
-
-    Raises:
-        ValueError: if the activations are not of these tokens.
+    Beside the fields that the first notebook reads, `per_token_sparsity` {layer: [T]} and `active_experts` {layer: [T lists of
+    experts]}: entry t belongs to tokens[t]. Raises ValueError if the activations are not of these tokens.
     """
     if activations.dim() != 3 or activations.shape[1] != len(tokens) or not len(tokens):
         raise ValueError(f"{len(tokens)} tokens take activations [L, {len(tokens)}, E]; got {list(activations.shape)}")
@@ -48,9 +45,7 @@ def prompt_record(prompt: str, tokens: Sequence[str], activations: Tensor) -> di
 
 def write_routing_signals(path: str | Path, model_name: str, prompts: Iterable[dict[str, Any]]) -> None:
     """Write `routing_signals.json`, whole or not at all: {model_name, prompts}, of entries by `prompt_record`.
-
-    Raises:
-        ValueError: if there is no prompt, or a number that is not finite.
+    Raises ValueError if there is no prompt, or a number that is not finite.
     """
     prompts = list(prompts)
     if not prompts:
@@ -60,10 +55,8 @@ def write_routing_signals(path: str | Path, model_name: str, prompts: Iterable[d
 
 def write_alpha_sweep(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write `alpha_sweep_results.csv`: alpha (Mamba's share, 0 … 1, "baseline" in the first row), perplexity, memory_gb,
-    tokens_per_second, and what else the rows hold.
-
-    Raises:
-        ValueError: for another first row, an alpha outside 0 … 1, or a row without one of the columns.
+    tokens_per_second, and what else the rows hold. Raises ValueError for another first row, an alpha outside 0 … 1, or a row
+    without one of the columns.
     """
     rows = list(rows)
     first, *others = [row.get("alpha") for row in rows] or [None]
@@ -82,12 +75,9 @@ def write_layer_replacement(path: str | Path, rows: Iterable[Mapping[str, Any]])
 
 
 def write_gated_hybrid(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `gated_hybrid_results.csv`: mode, temperature, threshold, alpha (None where a mode has none), perplexity,
-    delta, pct_change, and what else the rows hold.
-
-    Raises:
-        ValueError: if a mode carries the word "routing" and does not begin with it: readers select true routing by that
-            word, so a control must not bear it. Or for a row without one of the columns.
+    """Write `gated_hybrid_results.csv`: mode, temperature, threshold, alpha (None where a mode has none), perplexity, delta,
+    pct_change, and what else the rows hold. Raises ValueError if a mode carries the word "routing" and does not begin with it:
+    readers select true routing by that word, so a control must not bear it. Or for a row without one of the columns.
     """
     rows = list(rows)
     for row in rows:

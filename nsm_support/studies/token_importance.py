@@ -92,8 +92,7 @@ def mask_importance(model: BlockFFNModel, windows: Tensor, places: Tensor, horiz
         windows: [B,T+1] token numbers; places: [B,P] positions t, each with t + h at most T − 1.
         batch_size: passes at a time; changes time and memory only.
 
-    Raises:
-        ValueError: for a horizon below 1, or a place that has fewer tokens after it.
+    Raises ValueError for a horizon below 1, or a place that has fewer tokens after it.
     """
     length = windows.shape[1] - 1
     if horizon < 1 or places.min() < 0 or places.max() + horizon > length - 1:
@@ -162,10 +161,8 @@ def rank_correlations(signals: Tensor, measures: Tensor, weights: Tensor, groups
 
     With `groups` [N] it is the partial one, given the group: the mean rank of each group is taken off first.
 
-    NaN in a resample where a signal or a measure happens to be the same throughout.
-
-    Raises:
-        ValueError: if a signal or a measure is not finite, or never changes (within groups) in the first sample.
+    NaN in a resample where a signal or a measure happens to be the same throughout. Raises ValueError if a signal or a measure
+    is not finite, or never changes (within groups) in the first sample.
     """
     for name, rows in (("signals", signals), ("measures", measures)):
         if not rows.isfinite().all():

@@ -66,11 +66,7 @@ __all__ = [
 
 
 def make_machine(name: str) -> Machine:
-    """Build one of `MACHINES` by its name.
-
-    Raises:
-        ValueError: for another name, naming those there are.
-    """
+    """Build one of `MACHINES` by its name. Raises ValueError for another name, naming those there are."""
     if name not in MACHINES:
         near = difflib.get_close_matches(str(name), MACHINES, n=1)
         raise ValueError(

@@ -31,10 +31,8 @@ class Pair(NamedTuple):
 def automaton_svg(automaton: Automaton | Transducer) -> str:
     """Draw an automaton as inline SVG: its states that strings reach, numbered as `minimise` numbers them.
 
-    Two classes of output are drawn as plain and double rings; of more, each state says its own.
-
-    Raises:
-        ValueError: if there are more than 12 states.
+    Two classes of output are drawn as plain and double rings; of more, each state says its own. Raises ValueError if there are
+    more than 12 states.
     """
     start, transition, output = minimise(automaton)
     states = len(output)
@@ -120,8 +118,7 @@ def show_stepper(pairs: Sequence[Pair], *, name: str, caption: str) -> None:
         name: unique on the page; the figure can be linked to as `#fig-NAME`.
         caption: HTML.
 
-    Raises:
-        ValueError: without a pair, or if one has more than 10 tokens or an automaton of more than 12 states.
+    Raises ValueError without a pair, or if one has more than 10 tokens or an automaton of more than 12 states.
     """
     from IPython.display import display
 

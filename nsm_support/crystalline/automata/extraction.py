@@ -58,9 +58,7 @@ def _check(automaton: Automaton | Transducer, name: str = "automaton") -> Automa
 
 def reachable(automaton: Automaton | Transducer) -> Automaton:
     """The part that strings reach, numbered in the order of the shortest strings (shorter first, then by tokens).
-
-    Raises:
-        ValueError: if the automaton does not fit together.
+    Raises ValueError if the automaton does not fit together.
     """
     start, transition, output = _check(automaton)
     rows, numbers, order = transition.tolist(), {start: 0}, [start]
@@ -77,12 +75,10 @@ def reachable(automaton: Automaton | Transducer) -> Automaton:
 def minimise(automaton: Automaton | Transducer) -> Automaton:
     """The smallest automaton that does the same on every string, in the numbering of `reachable`.
 
-    Where every cell is defined, it is the one minimal Moore machine: automata are equivalent exactly if this form of them
-    is equal. An undefined cell counts as a behaviour of its own. A start that is `UNASKED` joins a state that goes on as
-    it does, if there is one, as it is asked for nothing else.
-
-    Raises:
-        ValueError: if the automaton does not fit together, or a state other than the start is `UNASKED`.
+    Where every cell is defined, it is the one minimal Moore machine: automata are equivalent exactly if this form of them is
+    equal. An undefined cell counts as a behaviour of its own. A start that is `UNASKED` joins a state that goes on as it does,
+    if there is one, as it is asked for nothing else. Raises ValueError if the automaton does not fit together, or a state other
+    than the start is `UNASKED`.
     """
     start, transition, output = reachable(automaton)
     _check_asked(start, transition, output, "automaton")
@@ -115,13 +111,10 @@ def unasked_start(automaton: Automaton | Transducer) -> Automaton:
 def compare(learned: Automaton | Transducer, true: Automaton | Transducer) -> Verdict:
     """Decide whether an automaton is equivalent to the true machine: equal outputs after every string that `true` defines.
 
-    The pairs of states that strings lead to are visited breadth first (Hopcroft and Karp 1971): if the outputs of each
-    pair are equal, the automata are equivalent; the first pair that differs ends a shortest counter-example. Where
-    `learned` is undefined and `true` is not, they differ. The empty string counts, unless one of the starts is `UNASKED`
-    (see `unasked_start`).
-
-    Raises:
-        ValueError: if the alphabets differ or an automaton does not fit together.
+    The pairs of states that strings lead to are visited breadth first (Hopcroft and Karp 1971): if the outputs of each pair are
+    equal, the automata are equivalent; the first pair that differs ends a shortest counter-example. Where `learned` is
+    undefined and `true` is not, they differ. The empty string counts, unless one of the starts is `UNASKED` (see
+    `unasked_start`). Raises ValueError if the alphabets differ or an automaton does not fit together.
     """
     learned, true = _check(learned, "learned"), _check(true, "true")
     alphabets = [automaton.transition.shape[1] for automaton in (learned, true)]
@@ -160,9 +153,7 @@ def compare(learned: Automaton | Transducer, true: Automaton | Transducer) -> Ve
 
 def run(automaton: Automaton | Transducer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """States and outputs after each token, int64 [B, T] each, of tokens [B, T]; UNDEFINED from where there is no next state.
-
-    Raises:
-        ValueError: if a token lies outside the alphabet.
+    Raises ValueError if a token lies outside the alphabet.
     """
     start, transition, output = _check(automaton)
     vocabulary = transition.shape[1]
@@ -190,8 +181,7 @@ def vote(codes: Tensor, tokens: Tensor, outputs: Tensor, num_codes: int, vocab_s
         num_codes: K.
         vocab_size: V.
 
-    Raises:
-        ValueError: if the shapes differ or a number lies out of range.
+    Raises ValueError if the shapes differ or a number lies out of range.
     """
     shapes = {name: Shape(given.shape) for name, given in (("codes", codes), ("tokens", tokens), ("outputs", outputs))}
     check(
@@ -237,8 +227,7 @@ def intervention(before: Tensor, after: Tensor, wanted: Tensor) -> Intervention:
         before, after: [N, C] probabilities without and with the edit.
         wanted: [N, C] bool, the outcomes that the edit is to bring about.
 
-    Raises:
-        ValueError: if the shapes differ or a row is no distribution.
+    Raises ValueError if the shapes differ or a row is no distribution.
     """
     fits = before.shape == after.shape == wanted.shape and before.ndim == 2 and wanted.dtype == torch.bool
     shapes = {name: Shape(given.shape) for name, given in (("before", before), ("after", after), ("wanted", wanted))}

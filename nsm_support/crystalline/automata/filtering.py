@@ -23,10 +23,7 @@ ALIKE = 10
 def predict(machine: Machine, tokens: Tensor) -> Tensor:
     """The optimal prediction: log P(target | tokens so far), natural, float64 [B, T, C], for tokens [B, T].
 
-    `tasks.score` takes it as it is. What cannot be has −∞.
-
-    Raises:
-        ValueError: for a string that the machine cannot make.
+    `tasks.score` takes it as it is. What cannot be has −∞. Raises ValueError for a string that the machine cannot make.
     """
     process = machine.process(tokens.shape[1])
     belief, logs = process.start.expand(len(tokens), -1), []
@@ -56,9 +53,7 @@ class Beliefs(NamedTuple):
 
 def beliefs(machine: Machine, length: int | None = None) -> Beliefs:
     """Enumerate the beliefs that strings of up to `length` tokens lead to; None goes on until no new one is found.
-
-    Raises:
-        ValueError: if there are more than `BELIEF_LIMIT`.
+    Raises ValueError if there are more than `BELIEF_LIMIT`.
     """
     process, vocabulary = machine.process(1 if length is None else length), machine.vocab_size
     states = machine.num_states
@@ -106,11 +101,8 @@ class Optimum(NamedTuple):
 def optimum(machine: Machine, length: int) -> Optimum:
     """The Bayes optimum at each of `length` positions, exactly: no string is drawn, beliefs are enumerated.
 
-    At position t the target is predicted from the tokens up to t. A model may pass it on a sample by chance alone;
-    beyond sampling error it is a leak.
-
-    Raises:
-        ValueError: for a length below 1, or a machine with too many beliefs (see `beliefs`).
+    At position t the target is predicted from the tokens up to t. A model may pass it on a sample by chance alone; beyond
+    sampling error it is a leak. Raises ValueError for a length below 1, or a machine with too many beliefs (see `beliefs`).
     """
     check_sizes("optimum", length=length)
     found = beliefs(machine, length)
@@ -129,9 +121,7 @@ def controls(machine: Machine, length: int) -> list[Control]:
     """What stands beside a model on strings of a length, each exact over all strings and all positions alike.
 
     The commonest target; the best that the last token alone can do (a bigram table, in hindsight); the Bayes optimum.
-
-    Raises:
-        ValueError: as `optimum`.
+    Raises ValueError as `optimum`.
     """
     best = optimum(machine, length)
     process = machine.process(length)
@@ -153,12 +143,10 @@ def controls(machine: Machine, length: int) -> list[Control]:
 def predictive_automaton(machine: Machine) -> Automaton:
     """What has to be known of a string to predict as well as can be, as a Moore machine.
 
-    Of a transducer it is the machine itself. Of a generator its states are the beliefs, its outputs number the
-    different distributions of the next token, and a token that cannot come leads nowhere (UNDEFINED). `extraction.run`
-    on a sample gives the predictive state after each token, which `states`, the state that emitted it, is not.
-
-    Raises:
-        ValueError: if the beliefs are too many (see `beliefs`).
+    Of a transducer it is the machine itself. Of a generator its states are the beliefs, its outputs number the different
+    distributions of the next token, and a token that cannot come leads nowhere (UNDEFINED). `extraction.run` on a sample gives
+    the predictive state after each token, which `states`, the state that emitted it, is not. Raises ValueError if the beliefs
+    are too many (see `beliefs`).
     """
     if isinstance(machine, Transducer):
         return Automaton(machine.start, machine.transition, machine.output)

@@ -87,11 +87,9 @@ class TableMachine(HiddenMarkovModel):
 class FiniteStateMachine(TableMachine):
     """State i owns the tokens i·m … i·m+m−1, so that a token tells the state that emitted it.
 
-    The start is uniform; the table is drawn, row by row, from Python's `random.Random(config.seed)`. As no token is
-    shared, a bigram table already predicts as well as can be: accuracy 1/m, cross-entropy ln m.
-
-    Raises:
-        ValueError: if the vocabulary is too small for tokens that are not shared.
+    The start is uniform; the table is drawn, row by row, from Python's `random.Random(config.seed)`. As no token is shared, a
+    bigram table already predicts as well as can be: accuracy 1/m, cross-entropy ln m. Raises ValueError if the vocabulary is
+    too small for tokens that are not shared.
     """
 
     def __init__(self, config: FSMConfig):
@@ -112,13 +110,11 @@ class FiniteStateMachine(TableMachine):
 class AmbiguousFSM(TableMachine):
     """A machine whose states share tokens, so that a token alone does not tell the state: it must be tracked.
 
-    Each state has m tokens, no two states the same set, so that no two predict alike. The j-th token of every state leads
-    by the j-th of m permutations of the states, of which the first is one cycle: all states are visited, in the long run
-    equally often. The start is state 0, so that the tokens decide the state, and the optimum is accuracy 1/m and
-    cross-entropy ln m, as with `FiniteStateMachine`; but no table of the last few tokens reaches it.
-
-    Raises:
-        ValueError: if there are too few sets of tokens, or so many tokens that none has to be shared.
+    Each state has m tokens, no two states the same set, so that no two predict alike. The j-th token of every state leads by
+    the j-th of m permutations of the states, of which the first is one cycle: all states are visited, in the long run equally
+    often. The start is state 0, so that the tokens decide the state, and the optimum is accuracy 1/m and cross-entropy ln m, as
+    with `FiniteStateMachine`; but no table of the last few tokens reaches it. Raises ValueError if there are too few sets of
+    tokens, or so many tokens that none has to be shared.
     """
 
     def __init__(self, config: FSMConfig):
@@ -159,11 +155,9 @@ class TokFSM(HiddenMarkovModel):
     digits share 10 digits, and the vocabulary is 11. The first node is uniform, the next one of `num_edges` neighbours.
 
     The hidden state is a node and one of its digits: node · digits + place, and num_nodes · digits for the beginning.
-    `nodes(states)` gives the node; where `completes(states)`, a node has just been spelt, so that the tokens tell it, and
-    the target begins a transition. Elsewhere the node is not known yet, and no code can tell it.
-
-    Raises:
-        ValueError: for sizes below 1, a base below 2, or more edges than nodes.
+    `nodes(states)` gives the node; where `completes(states)`, a node has just been spelt, so that the tokens tell it, and the
+    target begins a transition. Elsewhere the node is not known yet, and no code can tell it. Raises ValueError for sizes below
+    1, a base below 2, or more edges than nodes.
     """
 
     def __init__(self, *, num_nodes: int = 100, num_edges: int = 10, base: int = 10, seed: int = 42):

@@ -50,8 +50,7 @@ class Process:
         probability: [E], P(token, target | source); those of one source sum to 1.
         readout: [S, C], distribution of what is asked after a token, given the state that the token led to.
 
-    Raises:
-        ValueError: if the start, the edges of a state or a row of the readout are no distribution.
+    Raises ValueError if the start, the edges of a state or a row of the readout are no distribution.
     """
 
     def __init__(self, start: Tensor, source: Tensor, token: Tensor, target: Tensor, probability: Tensor, readout: Tensor):
@@ -116,10 +115,8 @@ class Machine:
         raise NotImplementedError
 
     def sample_batch(self, generator: Generator | None, batch_size: int, length: int) -> Sample:
-        """Strings [batch_size, length] with targets and states; all randomness comes from the generator.
-
-        Raises:
-            ValueError: if a size is below 1.
+        """Strings [batch_size, length] with targets and states; all randomness comes from the generator. Raises ValueError if a
+        size is below 1.
         """
         raise NotImplementedError
 

@@ -78,10 +78,8 @@ def table_edges(transition: Tensor) -> list[tuple[int, int, int, float]]:
 
 
 def survey(machine: Machine, length: int) -> Survey:
-    """Which states strings of a length visit, how often, and which of them predict alike.
-
-    Raises:
-        ValueError: for a length below 1.
+    """Which states strings of a length visit, how often, and which of them predict alike. Raises ValueError for a length below
+    1.
     """
     process = machine.process(length)
     adjacent, visited = process.matrix() > 0, process.start > 0

@@ -31,8 +31,7 @@ class Transducer(Machine):
         transition: [S, V] int64, the next state.
         output: [S] int64, class of each state, 0 … C−1.
 
-    Raises:
-        ValueError: if the table does not fit.
+    Raises ValueError if the table does not fit.
     """
 
     def __init__(self, name: str, start: int, transition: Tensor, output: Tensor):
@@ -116,11 +115,9 @@ TOMITA = {
 def tomita(number: int) -> Transducer:
     """One of seven languages over 0 and 1 (Tomita 1982); the output is 1 if the string so far belongs to it.
 
-    1: 1*. 2: (10)*. 3: no odd run of 1s has an odd run of 0s anywhere after it. 4: no 000. 5: an even number of 0s and
-    of 1s. 6: the numbers of 0s and 1s differ by a multiple of 3. 7: 0*1*0*1*. The empty string belongs to all.
-
-    Raises:
-        ValueError: for another number.
+    1: 1*. 2: (10)*. 3: no odd run of 1s has an odd run of 0s anywhere after it. 4: no 000. 5: an even number of 0s and of 1s.
+    6: the numbers of 0s and 1s differ by a multiple of 3. 7: 0*1*0*1*. The empty string belongs to all. Raises ValueError for
+    another number.
     """
     if number not in TOMITA:
         raise ValueError(f"tomita: number = {number!r}; {min(TOMITA)} to {max(TOMITA)} are accepted")
@@ -132,9 +129,7 @@ def tomita(number: int) -> Transducer:
 
 def modular_counter(modulus: int) -> Transducer:
     """Strings over 0 and 1 whose number of 1s is a multiple of the modulus; the output is 1 if the string so far is.
-
-    Raises:
-        ValueError: for a modulus below 2.
+    Raises ValueError for a modulus below 2.
     """
     if modulus < 2:
         raise ValueError(f"modular_counter: modulus = {modulus}; 2 or more is accepted")

@@ -60,8 +60,7 @@ def contingency(hard_codes: Tensor, states: Tensor, num_states: int) -> Tensor:
         hard_codes: [B,T,K], 1 where a code is active and 0 elsewhere; any dtype.
         states: [B,T] int64, 0 … num_states − 1.
 
-    Raises:
-        ValueError: if the shapes do not fit, a code is neither 0 nor 1, or a state is out of range.
+    Raises ValueError if the shapes do not fit, a code is neither 0 nor 1, or a state is out of range.
     """
     return _count(_indicator(hard_codes, states, num_states), states, num_states)
 
@@ -165,8 +164,7 @@ def align(
             would be no fair null: positions of a sequence depend on each other.
         seed: of the permutations.
 
-    Raises:
-        ValueError: as `contingency`, if no code is active, or if labels are not of the stated shape and range.
+    Raises ValueError as `contingency`, if no code is active, or if labels are not of the stated shape and range.
     """
     from sklearn.metrics import adjusted_mutual_info_score, homogeneity_completeness_v_measure
 
@@ -255,8 +253,7 @@ def held_out_alignment(
         measure: the bottleneck that is best in this is chosen.
         options: of `align`.
 
-    Raises:
-        ValueError: as `align`, or if both splits are the same data.
+    Raises ValueError as `align`, or if both splits are the same data.
     """
     chosen = align_all(*choose_on, num_states, **options)
     name = max(chosen, key=lambda name: getattr(chosen[name], measure))
@@ -310,8 +307,7 @@ def plot_code_state_alignment(
         matrix: [codebook_size, n_states] counts, as `contingency` gives them.
         purity: written into the title, if given.
 
-    Raises:
-        ValueError: if the matrix is of another shape, holds negative counts, or no code is active.
+    Raises ValueError if the matrix is of another shape, holds negative counts, or no code is active.
     """
     import matplotlib.pyplot as plt
 

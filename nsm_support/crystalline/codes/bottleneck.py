@@ -133,12 +133,9 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """x [..., D] → y [..., D], and what happened.
 
-        The keys: `soft_codes` [..., K], softmax(l), without noise and at τ = 1 whatever τ is; `hard_codes` [..., K], 1 for
-        the k codes that won and 0 elsewhere; `entropy`, that of the soft codes over ln K, mean over tokens; `input` x;
-        `output` y.
-
-        Raises:
-            ValueError: if the last axis is not D.
+        The keys: `soft_codes` [..., K], softmax(l), without noise and at τ = 1 whatever τ is; `hard_codes` [..., K], 1 for the
+        k codes that won and 0 elsewhere; `entropy`, that of the soft codes over ln K, mean over tokens; `input` x; `output` y.
+        Raises ValueError if the last axis is not D.
         """
         check_shape(self, "x", x, "... D", D=self.dim)
         flat, k, K = x.flatten(0, -2), self.config.num_codes_k, self.config.codebook_size

@@ -18,9 +18,7 @@ def temperature_at(progress: float, schedule: Schedule, start: float, end: float
     """Temperature τ after a share p of the training, 0 … 1, from τ₀ = `start` to τ₁ = `end`.
 
     linear: τ₀ + p(τ₁ − τ₀); cosine: τ₁ + (τ₀ − τ₁)(1 + cos πp)/2; exponential: τ₀(τ₁/τ₀)^p; none: τ₀ throughout.
-
-    Raises:
-        ValueError: for a share outside 0 … 1, for "learned", which no clock sets, and as `check_schedule`.
+    Raises ValueError for a share outside 0 … 1, for "learned", which no clock sets, and as `check_schedule`.
     """
     check_schedule(schedule, start, end)
     if not 0 <= progress <= 1:

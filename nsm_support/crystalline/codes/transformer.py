@@ -137,10 +137,8 @@ class CrystallineTransformer(StreamedModel):
         return self.trace(tokens)
 
     def trace(self, tokens: Tensor) -> Trace:
-        """Tokens [B,T] → logits [B,T,V], and what the bottlenecks of each block did.
-
-        Raises:
-            ValueError: if tokens are not [B,T], or T passes `max_length`.
+        """Tokens [B,T] → logits [B,T,V], and what the bottlenecks of each block did. Raises ValueError if tokens are not [B,T],
+        or T passes `max_length`.
         """
         x, infos = self._embed(tokens), []
         for block in self.blocks:

@@ -142,10 +142,8 @@ class CrystallineRecurrent(PretrainedModel):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, start: Tensor | None = None) -> Run:
-        """Run the machines hard on tokens [E, B, T], from code `START` or from codes `start` [E, B].
-
-        Raises:
-            ValueError: for a shape, token or code that the machines do not have.
+        """Run the machines hard on tokens [E, B, T], from code `START` or from codes `start` [E, B]. Raises ValueError for a
+        shape, token or code that the machines do not have.
         """
         code = self._start(tokens, start)
         table, after = self.tables()[0].flatten(1), []  # (E, K·V)
@@ -199,11 +197,9 @@ class CrystallineRecurrent(PretrainedModel):
     def relaxed(self, tokens: Tensor, targets: Tensor, objective: Objective) -> Relaxed:
         """The differentiable pass on tokens [E, B, T] with outputs [E, B, T + 1], those of the empty string first.
 
-        belief_t(j) = Σ_k belief_{t−1}(k) P(j | k, x_t), the forward algorithm (Rabiner 1989, equation 20): a sum over
-        all Kᵀ paths of codes in T products of vector and table. If outputs are heard, belief_t(j) ∝ belief_t(j) P(y_t | j).
-
-        Raises:
-            ValueError: for an objective that is none of `OBJECTIVES`, or shapes that do not fit.
+        belief_t(j) = Σ_k belief_{t−1}(k) P(j | k, x_t), the forward algorithm (Rabiner 1989, equation 20): a sum over all Kᵀ
+        paths of codes in T products of vector and table. If outputs are heard, belief_t(j) ∝ belief_t(j) P(y_t | j).
+        Raises ValueError for an objective that is none of `OBJECTIVES`, or shapes that do not fit.
         """
         if objective not in OBJECTIVES:
             raise ValueError(f"relaxed: objective {objective!r}; accepted are {', '.join(OBJECTIVES)}")

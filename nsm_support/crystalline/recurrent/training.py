@@ -84,11 +84,8 @@ def train(
     """Train each of the E machines on strings of its own, in place.
 
     Machine e sees its own generator and nothing of the others (gradients are clipped machine by machine), so that alone it
-    becomes the same machine, up to the rounding of sums in batches of another size.
-
-    Raises:
-        ValueError: if the generators are not E, or the model has other tokens or outputs than the machine.
-        FloatingPointError: if a loss is not finite.
+    becomes the same machine, up to the rounding of sums in batches of another size. Raises ValueError if the generators are not
+    E, or the model has other tokens or outputs than the machine; FloatingPointError if a loss is not finite.
     """
     given = {"generators": len(generators), "vocab_size": machine.vocab_size, "output_dim": machine.output_dim}
     sizes = {"generators": len(model), "vocab_size": model.config.vocab_size, "output_dim": model.config.output_dim}
