@@ -28,6 +28,7 @@ FOLDED = ("mnist", "permuted_mnist")
 FOLDS = 5
 """Of the digits, seed s tests on fold s: five seeds see every digit once in a test. Other tasks draw parts by the seed."""
 EVALUATION_BATCH = 250
+HeldOut = Literal["validation", "test"]
 
 
 @cache
@@ -87,27 +88,24 @@ class BenchmarkRun(FittedRun[nn.Module, Batch]):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return cross_entropy(model, batch)
 
-    def score(self, model: nn.Module) -> Scores:
-        validation = self._row(model, "validation", None, evaluate(model, self._held_out("validation", None)))
-        tests = [self._row(model, "test", length, evaluate(model, self._held_out("test", length))) for length in self._lengths()]
-        return Scores([validation, *tests])
-
-    def score_untrained(self, model: nn.Module) -> Scores:
-        length = self._lengths()[0]
+    def score(self, model: nn.Module, trained: bool) -> Scores:
+        if trained:
+            return Scores([self._row(model, *asked, evaluate(model, self._held_out(*asked))) for asked in self._parts()])
+        length = self._parts()[1][1]
         first = Batch(*(tensor[:EVALUATION_BATCH] for tensor in self._held_out("test", length)))
         return Scores([self._row(model, "untrained", length, evaluate(model, first))])
 
     def score_diverged(self, model: nn.Module, error: FloatingPointError) -> Scores:
-        parts = [("validation", None), *(("test", length) for length in self._lengths())]
-        return Scores([self._row(model, part, length, Score(0, 1, math.inf)) for part, length in parts])
+        return Scores([self._row(model, *asked, Score(0, 1, math.inf)) for asked in self._parts()])
 
-    def _lengths(self) -> tuple[int | None, ...]:
-        return self.lengths or (None,)
+    def _parts(self) -> list[tuple[HeldOut, int | None]]:
+        """The parts that are scored, validation first, and the length of their strings."""
+        return [("validation", None), *(("test", length) for length in self.lengths or (None,))]
 
     def _moved(self, batch: Batch) -> Batch:
         return Batch(*(tensor.to(self.device) for tensor in batch))
 
-    def _held_out(self, part: Literal["validation", "test"], length: int | None) -> Batch:
+    def _held_out(self, part: HeldOut, length: int | None) -> Batch:
         return self._moved(self.load_task().held_out(part, length, self.held_out))
 
     def _row(self, model: nn.Module, part: str, length: int | None, scored: Score) -> Row:
@@ -115,31 +113,27 @@ class BenchmarkRun(FittedRun[nn.Module, Batch]):
         return {**row, "parameters": count_parameters(model), "steps": self.steps}
 
 
-def _setting(task: str, steps: int, nsm: dict[str, Any], **options: Any) -> BenchmarkRun:
-    return BenchmarkRun(task=task, steps=steps, nsm=nsm, **options)
-
-
-_WORDS = {"width": 32, "lengths": (20, 40, 100, 400), "held_out": 500}
+_WORDS: dict[str, Any] = {"width": 32, "lengths": (20, 40, 100, 400), "held_out": 500}
 _MACHINE = {"num_layers": 1, "num_states": 2, "chunk": 1, "mix": "read", "positions": "none", "ffn_multiple": 1}
 _RECALL = {"pairs": 4, "keys": 16, "values": 16}
 _STATES = {"num_states": 16, "ffn_multiple": 2}
+_PERMUTED = _STATES | {"window": 8, "chunk": 56}
+_TEXT: dict[str, Any] = {"batch_size": 16, "width": 64, "held_out": 320, "sizes": {"length": 128}}
 _DIGITS = {"num_states": 8, "window": 16, "chunk": 7, "mix": "sum", "ffn_multiple": 1}
 SETTINGS = {
     run.task: run
     for run in (
-        _setting("mnist", 400, _DIGITS, positions="learned"),
-        _setting("recall", 400, _STATES | {"window": 4, "chunk": 2}, held_out=500, sizes=_RECALL),
-        _setting("parity", 500, _MACHINE, **_WORDS),
-        _setting("a5", 2000, _MACHINE, **_WORDS),
-        _setting(
-            "text", 250, _STATES | {"window": 16, "chunk": 16}, batch_size=16, width=64, held_out=320, sizes={"length": 128}
-        ),
-        _setting("s3", 1500, _MACHINE, **_WORDS),
-        _setting("s5", 4000, _MACHINE, **_WORDS),
-        _setting("permuted_mnist", 600, _STATES | {"window": 8, "chunk": 56}, batch_size=16, positions="learned"),
-        _setting("listops", 1500, _STATES | {"window": 8, "chunk": 4}, held_out=1000),
-        _setting("selective_copying", 1000, _STATES | {"window": 4, "chunk": 4}, held_out=500),
-        _setting("verse_section", 600, _STATES | {"window": 8}, positions="learned", held_out=1500),
+        BenchmarkRun(task="mnist", steps=400, nsm=_DIGITS, positions="learned"),
+        BenchmarkRun(task="recall", steps=400, nsm=_STATES | {"window": 4, "chunk": 2}, held_out=500, sizes=_RECALL),
+        BenchmarkRun(task="parity", steps=500, nsm=_MACHINE, **_WORDS),
+        BenchmarkRun(task="a5", steps=2000, nsm=_MACHINE, **_WORDS),
+        BenchmarkRun(task="text", steps=250, nsm=_STATES | {"window": 16, "chunk": 16}, **_TEXT),
+        BenchmarkRun(task="s3", steps=1500, nsm=_MACHINE, **_WORDS),
+        BenchmarkRun(task="s5", steps=4000, nsm=_MACHINE, **_WORDS),
+        BenchmarkRun(task="permuted_mnist", steps=600, nsm=_PERMUTED, batch_size=16, positions="learned"),
+        BenchmarkRun(task="listops", steps=1500, nsm=_STATES | {"window": 8, "chunk": 4}, held_out=1000),
+        BenchmarkRun(task="selective_copying", steps=1000, nsm=_STATES | {"window": 4, "chunk": 4}, held_out=500),
+        BenchmarkRun(task="verse_section", steps=600, nsm=_STATES | {"window": 8}, positions="learned", held_out=1500),
     )
 }
 """How every task is trained as the book publishes it; `dataclasses.replace` sets model, rate and seed, or changes a part."""
@@ -211,11 +205,7 @@ COST = {"head": "labelling", "vocab_size": VOCABULARY, "output_dim": VOCABULARY,
 
 def cost_width(model: str, causal: bool = True) -> Any:
     """The width at which a model to measure is as large as the Transformer; finding it takes a second."""
-    return _width(model, causal, 64, _items(COST), _items(_cost_machine(causal)))
-
-
-def _cost_machine(causal: bool) -> dict[str, Any]:
-    return {"chunk": 128 if causal else None}
+    return _width(model, causal, 64, _items(COST), _items({"chunk": 128 if causal else None}))
 
 
 def cost_model(model: str, causal: bool = True, width: Any = None) -> nn.Module:
@@ -223,7 +213,7 @@ def cost_model(model: str, causal: bool = True, width: Any = None) -> nn.Module:
     width = cost_width(model, causal) if width is None else width
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return _of_width(model, width, causal, COST, _cost_machine(causal))
+        return _of_width(model, width, causal, COST, {"chunk": 128 if causal else None})
 
 
 def training_pass(model: str, T: int, causal: bool = True, width: Any = None) -> Callable[[], None]:

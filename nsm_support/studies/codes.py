@@ -73,8 +73,7 @@ class CodesRun(FittedRun[CrystallineTransformer, Strings]):
         return CrystallineTransformer(self.model).to(self.device)
 
     def sample_batch(self, generator: Generator, size: int) -> Strings:
-        strings = sample_strings(_machine(self.machine), generator, size, self.length)
-        return Strings(*(tensor.to(self.device) for tensor in strings))
+        return Strings(*(part.to(self.device) for part in sample_strings(_machine(self.machine), generator, size, self.length)))
 
     def loss(self, model: CrystallineTransformer, batch: Strings) -> Tensor:
         """Cross-entropy + λ₁ · mean compression + λ₂ · mean commitment over the bottlenecks."""
@@ -89,47 +88,35 @@ class CodesRun(FittedRun[CrystallineTransformer, Strings]):
     def before_step(self, step: int, model: CrystallineTransformer) -> None:
         model.anneal(step / max(self.steps - 1, 1))
 
-    def held_out_part(self, part: str) -> Strings:
-        return _held_out(_machine(self.machine), part, self.held_out, self.length)
-
-    def _read(self, model: CrystallineTransformer, part: str) -> tuple[Score, list[Info]]:
-        strings = self.held_out_part(part)
+    def _read(self, model: CrystallineTransformer, part: str) -> tuple[Strings, Score, list[Info]]:
+        strings = _held_out(_machine(self.machine), part, self.held_out, self.length)
         logits, infos = model(strings.tokens.to(self.device))
-        return score(logits.cpu(), strings.targets), infos
+        return strings, score(logits.cpu(), strings.targets), infos
 
     def evaluate(self, model: CrystallineTransformer) -> Mapping[str, float | Tensor]:
-        scored, infos = self._read(model, "validation")
-        every, strings = by_bottleneck(infos), self.held_out_part("validation")
-        counts = {
-            f"{kind}, {name}": contingency(info["hard_codes"].cpu(), getattr(strings, kind), _machine(self.machine).num_states)
-            for kind in KINDS
-            for name, info in every.items()
-        }
-        temperature = torch.stack([bottleneck.temperature for _, bottleneck in model.bottlenecks()]).mean()
+        strings, scored, infos = self._read(model, "validation")
+        every, states = by_bottleneck(infos), _machine(self.machine).num_states
+        temperatures = torch.stack([bottleneck.temperature for _, bottleneck in model.bottlenecks()])
         return {
             "accuracy": scored.accuracy,
             "cross_entropy": scored.loss_nats,
             "entropy": torch.stack([info["entropy"] for info in every.values()]).mean().item(),
-            "temperature": temperature.item(),
+            "temperature": temperatures.mean().item(),
             **(self.readings(model, infos) if self.readings else {}),
-            **counts,
+            **{
+                f"{kind}, {name}": contingency(info["hard_codes"].cpu(), getattr(strings, kind), states)
+                for kind in KINDS
+                for name, info in every.items()
+            },
         }
 
-    def score(self, model: CrystallineTransformer) -> Scores:
-        return self._score(model, "test", "aligned")
-
-    def score_untrained(self, model: CrystallineTransformer) -> Scores:
-        return self._score(model, "untrained", "untrained")
-
-    def _score(self, model: CrystallineTransformer, part: str, name: str) -> Scores:
-        (_, chosen), (scored, reported) = (self._read(model, split) for split in ("validation", "test"))
+    def score(self, model: CrystallineTransformer, trained: bool) -> Scores:
+        part, name = ("test", "aligned") if trained else ("untrained", "untrained")
+        (validation, _, chosen), (test, scored, reported) = (self._read(model, split) for split in ("validation", "test"))
+        states, measure = _machine(self.machine).num_states, self.choose_by
         aligned = {
             kind: held_out_alignment(
-                (chosen, getattr(self.held_out_part("validation"), kind)),
-                (reported, getattr(self.held_out_part("test"), kind)),
-                _machine(self.machine).num_states,
-                measure=self.choose_by,
-                permutations=19,
+                (chosen, getattr(validation, kind)), (reported, getattr(test, kind)), states, measure=measure, permutations=19
             )
             for kind in KINDS
         }

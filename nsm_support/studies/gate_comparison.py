@@ -113,19 +113,16 @@ class GateRun(AttachedRun):
         history, seen = self._tune(model, self.steps, self.own_seed) if self.steps else ([], 0)
         return Scores(tensors={"batches": seen}, history=history)
 
-    def score_untrained(self, model: BlockFFNModel) -> Scores:
-        return self._score(model, "before")
-
-    def score(self, model: BlockFFNModel) -> Scores:
-        reached = self._calibrate(model)
-        scores = self._score(model, "after") if self.steps else Scores()
-        thresholds = [gate.threshold.item() for gate in gates_of(model)]
-        return Scores(scores.rows, {**scores.tensors, "calibrated": reached, "threshold": thresholds})
-
-    def _score(self, model: BlockFFNModel, part: str) -> Scores:
-        scored = score_windows(model, load_windows(self.setup).test)
-        row = {"part": part, "nats": scored.nats.mean().item(), "alpha": scored.alpha.mean().item()}
-        return Scores([row], {part: scored})
+    def score(self, model: BlockFFNModel, trained: bool) -> Scores:
+        part, rows = "after" if trained else "before", []
+        tensors: dict[str, Any] = {}
+        if trained:
+            tensors["calibrated"] = self._calibrate(model)
+            tensors["threshold"] = [gate.threshold.item() for gate in gates_of(model)]
+        if self.steps or not trained:
+            tensors[part] = scored = score_windows(model, load_windows(self.setup).test)
+            rows = [{"part": part, "nats": scored.nats.mean().item(), "alpha": scored.alpha.mean().item()}]
+        return Scores(rows, tensors)
 
 
 def layer_passes(run: GateRun, tokens: Tensor) -> dict[str, Callable[[], Tensor]]:

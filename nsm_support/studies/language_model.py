@@ -149,12 +149,11 @@ class LanguageModelRun(FittedRun[BlockFFNModel, Windows]):
         loss, measures = _measures(model, (inputs[chosen], targets[chosen]))
         return {"validation_loss": loss, **measures}
 
-    def score(self, model: BlockFFNModel) -> Scores:
+    def score(self, model: BlockFFNModel, trained: bool) -> Scores:
+        if not trained:
+            return Scores()  # the first record of the history is of this model
         chapters = read_corpus(self.text, self.model.vocab_size).tokens.test[: self.held_out]
         return score_chapters(model, chapters, self.window)
-
-    def score_untrained(self, model: BlockFFNModel) -> Scores:
-        return Scores()  # the first record of the history is of this model
 
 
 class TrainedModels(NamedTuple):

@@ -65,16 +65,12 @@ class Run(Generic[Network]):
         raise NotImplementedError
 
     def train(self, model: Network) -> Scores:
-        """Train the model in place; what is measured on the way."""
-        raise NotImplementedError
+        """Train the model in place, if at all; what is measured on the way."""
+        return Scores()
 
-    def score(self, model: Network) -> Scores:
-        """Score the trained model; it is in eval mode, without gradients."""
+    def score(self, model: Network, trained: bool) -> Scores:
+        """Score the model before and after its training; it is in eval mode, without gradients."""
         raise NotImplementedError
-
-    def score_untrained(self, model: Network) -> Scores:
-        """Score the untrained model, likewise."""
-        return self.score(model)
 
     def score_diverged(self, model: Network, error: FloatingPointError) -> Scores:
         """The scores of a training whose loss was not finite; by default it is an error."""
@@ -117,22 +113,10 @@ class FittedRun(Run[Network], Generic[Network, Batch]):
                     tensors.setdefault(name, []).append(value)
             return {name: value for name, value in found.items() if not isinstance(value, Tensor)}
 
-        config = TrainingConfig(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            seed=self.seed,
-            evaluation_interval=max(1, self.steps // self.records),
-        )
-        history = fit(
-            model,
-            self.sample_batch,
-            lambda _, batch: self.loss(model, batch),
-            config,
-            evaluate=record,
-            on_step=lambda step, *_: self.before_step(step, model),
-        )
+        shared = {name: getattr(self, name) for name in ("steps", "batch_size", "learning_rate", "weight_decay", "seed")}
+        config = TrainingConfig(**shared, evaluation_interval=max(1, self.steps // self.records))
+        loss, on_step = lambda _, batch: self.loss(model, batch), lambda step, *_: self.before_step(step, model)
+        history = fit(model, self.sample_batch, loss, config, evaluate=record, on_step=on_step)
         stacked = {name: torch.stack(values) for name, values in tensors.items()}
         return Scores(tensors=stacked, history=history.records)
 
@@ -145,21 +129,17 @@ def measure(run: Run[Any]) -> Result:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        return _measure(run)
-
-
-def _measure(run: Run[Any]) -> Result:
-    model = run.build()
-    with evaluating(model):
-        untrained = run.score_untrained(model)
-    start, diverged = time.perf_counter(), None
-    try:
-        training = run.train(model)
-    except FloatingPointError as error:
-        training, diverged = Scores(), error
-    seconds = time.perf_counter() - start
-    with evaluating(model):
-        trained = run.score_diverged(model, diverged) if diverged else run.score(model)
+        model, diverged = run.build(), None
+        with evaluating(model):
+            untrained = run.score(model, trained=False)
+        start = time.perf_counter()
+        try:
+            training = run.train(model)
+        except FloatingPointError as error:
+            training, diverged = Scores(), error
+        seconds = time.perf_counter() - start
+        with evaluating(model):
+            trained = run.score_diverged(model, diverged) if diverged else run.score(model, trained=True)
     return Result(
         run=run,
         rows=[{**run.labels(), **row, "seconds": seconds} for row in (*untrained.rows, *training.rows, *trained.rows)],

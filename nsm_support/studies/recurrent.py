@@ -70,7 +70,9 @@ class RecurrentRun(Run[SeededMachines]):
     def train(self, model: SeededMachines) -> Scores:
         return Scores(tensors=train(model, self.true_machine(), model.generators, self.training)._asdict())
 
-    def score(self, model: SeededMachines) -> Scores:
+    def score(self, model: SeededMachines, trained: bool) -> Scores:
+        if not trained:
+            return Scores()
         machine, generator = self.true_machine(), Generator().manual_seed(self.seed)
         has_codes, accuracies = self.training.objective != "continuous", []
         for length in (self.training.max_length, self.factor * self.training.max_length):
@@ -90,9 +92,6 @@ class RecurrentRun(Run[SeededMachines]):
             for seed, automaton, *shares in zip(self.seeds, automata, *accuracies, strict=True)
         ]
         return Scores(rows)
-
-    def score_untrained(self, model: SeededMachines) -> Scores:
-        return Scores()
 
 
 @torch.no_grad()

@@ -233,11 +233,8 @@ class SidecarRun(HybridRun[nn.ModuleDict]):
         detach(base)
         return Scores(distilled, history=history.records)
 
-    def score(self, model: nn.ModuleDict) -> Scores:
-        return Scores(self._errors(model, "tuned"))
-
-    def score_untrained(self, model: nn.ModuleDict) -> Scores:
-        return Scores(self._errors(model, "untrained"))
+    def score(self, model: nn.ModuleDict, trained: bool) -> Scores:
+        return Scores(self._errors(model, "tuned" if trained else "untrained"))
 
     def _errors(self, model: nn.ModuleDict, kind: str) -> list[Row]:
         tokens = evenly(load_windows(self.setup).test, ROWS)[:, 0, :-1]
@@ -285,16 +282,12 @@ class SweepRun(AttachedRun):
     def build(self) -> BlockFFNModel:
         return self.base_model()
 
-    def train(self, model: BlockFFNModel) -> Scores:
-        return Scores()
-
-    def score_untrained(self, model: BlockFFNModel) -> Scores:
-        return Scores(tensors={"baseline": score_windows(model, load_windows(self.setup).test).nats})
-
-    def score(self, model: BlockFFNModel) -> Scores:
-        trained, test = self.load_sidecars(), load_windows(self.setup).test
-        untrained = make_sidecars(model, self.own_seed, self.mamba)
-        kinds = {"trained": trained, "silent": zeroed(trained), "untrained": untrained}
+    def score(self, model: BlockFFNModel, trained: bool) -> Scores:
+        test = load_windows(self.setup).test
+        if not trained:
+            return Scores(tensors={"baseline": score_windows(model, test).nats})
+        sidecars, untrained = self.load_sidecars(), make_sidecars(model, self.own_seed, self.mamba)
+        kinds = {"trained": sidecars, "silent": zeroed(sidecars), "untrained": untrained}
         nats: dict[Any, Tensor] = {}
         for mixture in self.mixtures:
             with mixed(model, kinds[mixture.sidecars], mixture.alpha):
