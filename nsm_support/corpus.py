@@ -34,8 +34,7 @@ class Corpus(NamedTuple):
 def train_tokenizer(content: str, vocab_size: int) -> Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) over bytes: any text has tokens, and gets back whole.
 
-    Raises:
-        ValueError: for a `vocab_size` below 256, or more than the text has pairs for.
+    Raises ValueError for a `vocab_size` below 256, or more than the text has pairs for.
     """
     if vocab_size < SMALLEST:
         raise ValueError(f"vocab_size is at least {SMALLEST}, a token for each byte; got {vocab_size!r}")
@@ -61,11 +60,9 @@ def load_corpus(
 ) -> Corpus:
     """The American Standard Version of 1901, or the text file at `path`, as tokens.
 
-    The vocabulary is made from the training chapters alone, and does not depend on the held-out ones; or `tokenizer` is
-    taken as it is. Which chapters are held out is always the same (`data.split_text`, a tenth each).
-
-    Raises:
-        As `data.load_text`, `data.split_text`, `train_tokenizer`.
+    The vocabulary is made from the training chapters alone, and does not depend on the held-out ones; or `tokenizer` is taken as
+    it is. Which chapters are held out is always the same (`data.split_text`, a tenth each). Raises as `data.load_text`,
+    `data.split_text`, `train_tokenizer`.
     """
     parts = split_text(load_text(path))
     tokenizer = tokenizer or train_tokenizer(parts.train.content, vocab_size)

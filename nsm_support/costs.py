@@ -70,12 +70,10 @@ def flops(function: Callable[[], Any]) -> int:
 def seconds(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Wall time of each function, once per round: the i-th times of two functions were taken one after the other.
 
-    So what else the machine does meets them alike, and the ratio within a round is a paired one. Each function runs once
-    before, untimed. Time is `time.perf_counter` on one CPU thread, without garbage collection; on CUDA after the device
-    has finished. Torch's number of threads and the collector are afterwards as they were.
-
-    Raises:
-        ValueError: for no functions, or less than one round.
+    So what else the machine does meets them alike, and the ratio within a round is a paired one. Each function runs once before,
+    untimed. Time is `time.perf_counter` on one CPU thread, without garbage collection; on CUDA after the device has finished.
+    Torch's number of threads and the collector are afterwards as they were. Raises ValueError for no functions, or less than one
+    round.
     """
     if not functions or rounds < 1:
         raise ValueError(f"seconds takes at least one function and one round; got {len(functions)} and {rounds!r}")
@@ -106,20 +104,18 @@ def peak_memory(prepare: str, *arguments: Any, warm_up: tuple | None = None, dev
     """MiB by which memory grows, at its highest, during one call, in a fresh process with one thread.
 
     Args:
-        prepare: importable name "package.module:function" of a function that makes models and inputs, which are not
-            counted, and returns the function without arguments that is measured.
+        prepare: importable name "package.module:function" of a function that makes models and inputs, which are not counted, and
+            returns the function without arguments that is measured.
         arguments: of `prepare`; they are pickled.
-        warm_up: arguments of a small case that is prepared and called before, so that libraries loaded at the first
-            call do not count. Without it they do (some MiB).
+        warm_up: arguments of a small case that is prepared and called before, so that libraries loaded at the first call do not
+            count. Without it they do (some MiB).
         device: "cpu", or "cuda" where memory is that of torch's allocator (`torch.cuda.max_memory_allocated`).
 
-    On Linux CPU memory is the resident set: its high-water mark (/proc/self/status, VmHWM), started anew before the
-    call, minus what was resident then; steps of a page, and some 0.5 MiB of noise. On other systems it is
-    `resource.getrusage`'s, which cannot be started anew: growth beyond the highest mark that preparation left, too small
-    where preparation needed much memory for a moment.
-
-    Raises:
-        RuntimeError: with the error's type and message, where the process fails; with its exit code, where it is killed.
+    On Linux CPU memory is the resident set: its high-water mark (/proc/self/status, VmHWM), started anew before the call, minus
+    what was resident then; steps of a page, and some 0.5 MiB of noise. On other systems it is `resource.getrusage`'s, which
+    cannot be started anew: growth beyond the highest mark that preparation left, too small where preparation needed much memory
+    for a moment. Raises RuntimeError with the error's type and message, where the process fails; with its exit code, where it is
+    killed.
     """
     task = {"path": sys.path, "task": (prepare, arguments, warm_up, device)}
     code = "import pickle, sys; task = pickle.load(sys.stdin.buffer); sys.path[:] = task['path']; "
@@ -189,10 +185,8 @@ def count_parameters(module: nn.Module) -> int:
 def match_parameters(build: Callable[[int], nn.Module], parameters: int, widths: Iterable[int]) -> tuple[int, nn.Module]:
     """The width at which `build(width)` has most nearly so many parameters, and the module, built once.
 
-    The module is what `build(width)` gives under the present random state, which stays as it was: seed before each.
-
-    Raises:
-        ValueError: if the nearest is more than 5 % away.
+    The module is what `build(width)` gives under the present random state, which stays as it was: seed before each. Raises
+    ValueError if the nearest is more than 5 % away.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         with torch.device("meta"):  # sizes without numbers, and without drawing any

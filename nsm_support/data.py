@@ -53,11 +53,8 @@ def _mnist() -> np.ndarray:
 def load_digits(per_class: int | None = None, *, seed: int = 0) -> Digits:
     """The 5,000 digits, or `per_class` of each class (1 to 500), in an order shuffled by the seed.
 
-    The package stores them sorted by class; here any slice is a mixed sample. A smaller `per_class` gives a subset of
-    a larger one at the same seed.
-
-    Raises:
-        ValueError: if `per_class` is out of range.
+    The package stores them sorted by class; here any slice is a mixed sample. A smaller `per_class` gives a subset of a larger
+    one at the same seed. Raises ValueError if `per_class` is out of range.
     """
     if per_class is not None and not 1 <= per_class <= 500:
         raise ValueError(f"load_digits: per_class = {per_class}; 1 to 500 digits of each class are accepted, or None")
@@ -71,11 +68,8 @@ def load_digits(per_class: int | None = None, *, seed: int = 0) -> Digits:
 def to_patches(images: Tensor, size: int = 4) -> Tensor:
     """Read images as sequences of square patches, left to right and top to bottom, and the pixels of a patch likewise.
 
-    [..., height, width] becomes [..., (height/size)·(width/size), size²]: [N, 49, 16] for digits. Size 1 gives the
-    sequence of pixels.
-
-    Raises:
-        ValueError: if the images do not divide into such patches.
+    [..., height, width] becomes [..., (height/size)·(width/size), size²]: [N, 49, 16] for digits. Size 1 gives the sequence of
+    pixels. Raises ValueError if the images do not divide into such patches.
     """
     if images.ndim < 2 or size < 1 or images.shape[-2] % size or images.shape[-1] % size:
         raise ValueError(
@@ -90,8 +84,7 @@ def to_patches(images: Tensor, size: int = 4) -> Tensor:
 def from_patches(patches: Tensor) -> Tensor:
     """Put a square image's patches [..., n², size²] back into the image [..., n·size, n·size]: undoes `to_patches`.
 
-    Raises:
-        ValueError: if the number of patches or of their pixels is no square.
+    Raises ValueError if the number of patches or of their pixels is no square.
     """
     if patches.ndim < 2 or any(round(number**0.5) ** 2 != number for number in patches.shape[-2:]):
         raise ValueError(f"from_patches: {tuple(patches.shape)} is not [..., patches, pixels] with two square numbers")
@@ -111,17 +104,16 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 def stratified_split(labels: Tensor, fold: int = 0, *, folds: int = 5, seed: int = 0) -> Split[Tensor]:
     """Fold `fold` of a shuffled, stratified cross-validation: the classes have the same shares in every part.
 
-    The test parts of all folds are disjoint and cover everything. Validation is half a fold that is not the test's:
-    of 5,000 digits in five folds 3,500 are for training, 500 for validation, 1,000 for the test. The split depends on
-    labels, folds and seed alone, so that all models are compared on the same one.
+    The test parts of all folds are disjoint and cover everything. Validation is half a fold that is not the test's: of 5,000
+    digits in five folds 3,500 are for training, 500 for validation, 1,000 for the test. The split depends on labels, folds and
+    seed alone, so that all models are compared on the same one.
 
     Args:
         labels: [N] classes, integers, at least 2 · folds of each.
         fold: which one, 0 to folds − 1; folds is at least 2.
         seed: of the shuffle.
 
-    Returns:
-        Positions in `labels`, each part shuffled. Raises ValueError for a fold or a class that is too small for it.
+    Returns positions in `labels`, each part shuffled. Raises ValueError for a fold or a class that is too small for it.
     """
     if folds < 2 or not 0 <= fold < folds:
         raise ValueError(f"stratified_split: fold {fold} of {folds}; at least 2 folds, numbered from 0, are accepted")
@@ -161,12 +153,9 @@ class Text:
 def load_text(path: str | os.PathLike[str] | None = None) -> Text:
     """The American Standard Version, 4.15 million characters in 1,189 chapters; or the text file at `path`, UTF-8.
 
-    A file's "chapters" are its paragraphs (blank lines part them), gathered in order until 3,500 characters are
-    reached; a paragraph of more than twice that is cut every 3,500 characters first.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is not UTF-8, or holds nothing but blanks.
+    A file's "chapters" are its paragraphs (blank lines part them), gathered in order until 3,500 characters are reached; a
+    paragraph of more than twice that is cut every 3,500 characters first. Raises FileNotFoundError if the file does not exist;
+    ValueError if it is not UTF-8, or holds nothing but blanks.
     """
     return _bible() if path is None else _text_file(Path(path))
 
@@ -216,13 +205,11 @@ def _join(chapters: Iterable[tuple[str, int, str]]) -> Text:
 def split_text(text: Text, *, validation: float = 0.1, test: float = 0.1, seed: int = 0) -> Split[Text]:
     """Hold out whole chapters, drawn by the seed; each part keeps their order.
 
-    Neighbouring verses leak, so no chapter is shared. What remains: the Bible repeats itself over chapters (the
-    synoptic gospels, Kings and Chronicles, a few psalms), so a held-out chapter may have a near double in training.
+    Neighbouring verses leak, so no chapter is shared. What remains: the Bible repeats itself over chapters (the synoptic gospels,
+    Kings and Chronicles, a few psalms), so a held-out chapter may have a near double in training.
 
-    `validation` and `test` are shares of the chapters, rounded, at least one chapter each; `seed` is of the draw.
-
-    Raises:
-        ValueError: if the shares are not above 0 and together below 1, or no chapter is left to train on.
+    `validation` and `test` are shares of the chapters, rounded, at least one chapter each; `seed` is of the draw. Raises
+    ValueError if the shares are not above 0 and together below 1, or no chapter is left to train on.
     """
     if not (validation > 0 and test > 0 and validation + test < 1):
         raise ValueError(f"split_text: shares {validation} and {test}; above 0 and together below 1 are accepted")
@@ -269,9 +256,8 @@ class Vocabulary:
 def example_sampler(*tensors: Tensor) -> Callable[[Generator, int], tuple[Tensor, ...]]:
     """Batches of examples of tensors [N, ...] (images and labels, say), without repetition within a batch.
 
-    Returns:
-        A function (generator, batch_size) → ([batch_size, ...], ...); it raises ValueError if batch_size > N, as does
-        this one if no tensor is given or their first dimensions differ.
+    Returns a function (generator, batch_size) → ([batch_size, ...], ...); it raises ValueError if batch_size > N, as does this
+    one if no tensor is given or their first dimensions differ.
     """
     sizes = sorted({len(tensor) for tensor in tensors})
     if len(sizes) != 1:
@@ -289,9 +275,8 @@ def example_sampler(*tensors: Tensor) -> Callable[[Generator, int], tuple[Tensor
 def window_sampler(tokens: Tensor, length: int) -> Callable[[Generator, int], tuple[Tensor, Tensor]]:
     """Batches of windows of T = `length` tokens of a text [n], n > T, and the tokens that follow each.
 
-    Returns:
-        A function (generator, batch_size) → (inputs [batch_size, T], targets [batch_size, T]); target t is input t + 1.
-        Raises ValueError if the text is too short.
+    Returns a function (generator, batch_size) → (inputs [batch_size, T], targets [batch_size, T]); target t is input t + 1.
+    Raises ValueError if the text is too short.
     """
     if tokens.ndim != 1 or not 1 <= length < len(tokens):
         raise ValueError(f"window_sampler: windows of {length} in {tuple(tokens.shape)} tokens; 1 to n − 1 is accepted")

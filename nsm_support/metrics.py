@@ -59,8 +59,7 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
         predictions: [...] predicted classes, integers; of logits take `.argmax(-1)` first.
         labels: [...] true classes.
 
-    Raises:
-        ValueError: if the shapes differ, nothing is given, or the predictions are not integers.
+    Raises ValueError if the shapes differ, nothing is given, or the predictions are not integers.
     """
     _labels(predictions, "accuracy")
     _labels(labels, "accuracy")
@@ -75,8 +74,7 @@ def majority_share(labels: Tensor) -> float:
     Args:
         labels: [...] classes, integers.
 
-    Raises:
-        ValueError: if there are none or they are not integers.
+    Raises ValueError if there are none or they are not integers.
     """
     labels = _labels(labels, "majority_share")
     return labels.unique(return_counts=True)[1].max().item() / labels.numel()
@@ -90,11 +88,7 @@ def routing_entropy(weights: Tensor) -> Tensor:
     Args:
         weights: [..., S] routing weights, each row a distribution.
 
-    Returns:
-        [...] float64, between 0 and 1.
-
-    Raises:
-        ValueError: if a row is not a distribution.
+    Returns [...] float64, between 0 and 1. Raises ValueError if a row is not a distribution.
     """
     weights = _weights(weights, "routing_entropy")
     entropy = torch.special.entr(weights).sum(-1)  # (...,)
@@ -110,11 +104,7 @@ def state_load(weights: Tensor) -> Tensor:
     Args:
         weights: [..., S] routing weights, each row a distribution.
 
-    Returns:
-        [S] float64 of sum 1; 1/S each if the load is balanced.
-
-    Raises:
-        ValueError: if a row is not a distribution.
+    Returns [S] float64 of sum 1; 1/S each if the load is balanced. Raises ValueError if a row is not a distribution.
     """
     mass = _weights(weights, "state_load").reshape(-1, weights.shape[-1]).sum(0)  # (S,)
     return mass / mass.sum()
@@ -123,17 +113,16 @@ def state_load(weights: Tensor) -> Tensor:
 def mutual_information(weights: Tensor, labels: Tensor) -> float:
     """Information (nats) that the state of a token gives about its class: I = H(state) + H(class) − H(state, class).
 
-    The state is drawn with the routing weights and the class is given, so p(s, c) is the mean over tokens of w_s in
-    class c. This is the plug-in estimate: it is above 0 by chance alone, by about (S−1)(C−1)/2N for hard assignments
-    (Miller 1955), so `statistics.permutation_null` belongs beside it. At most min(ln S, ln C).
+    The state is drawn with the routing weights and the class is given, so p(s, c) is the mean over tokens of w_s in class c. This
+    is the plug-in estimate: it is above 0 by chance alone, by about (S−1)(C−1)/2N for hard assignments (Miller 1955), so
+    `statistics.permutation_null` belongs beside it. At most min(ln S, ln C).
 
     Args:
-        weights: [N, S], or [N, ..., S] where all tokens of a unit share its label; the mean over "..." gives the same
-            number, so take it first where this is called often, as for a permutation null.
+        weights: [N, S], or [N, ..., S] where all tokens of a unit share its label; the mean over "..." gives the same number, so
+            take it first where this is called often, as for a permutation null.
         labels: [N], or any leading part of the weights' shape; integers.
 
-    Raises:
-        ValueError: if the shapes do not fit, the labels are not integers, or a row is not a distribution.
+    Raises ValueError if the shapes do not fit, the labels are not integers, or a row is not a distribution.
     """
     weights = _weights(weights, "mutual_information")
     labels = _labels(labels, "mutual_information").to(weights.device)
@@ -155,9 +144,9 @@ def mutual_information(weights: Tensor, labels: Tensor) -> float:
 def ngram_baseline(train: Tensor, test: Tensor, vocabulary_size: int, *, order: int = 2, smoothing: float = 1.0) -> Baseline:
     """Predict the next token by counting: order 1 is the best constant, 2 the bigram, 3 the trigram.
 
-    p_n(t | context) = (count(context, t) + λ·p_{n−1}(t | shorter context)) / (count(context) + λ), with p_0 = 1/V and
-    λ = `smoothing` (MacKay and Peto 1995). Fitted on one split and scored on another. Every order scores the same
-    tokens, all but the first of each row; near a row's start the longest context there is serves.
+    p_n(t | context) = (count(context, t) + λ·p_{n−1}(t | shorter context)) / (count(context) + λ), with p_0 = 1/V and λ =
+    `smoothing` (MacKay and Peto 1995). Fitted on one split and scored on another. Every order scores the same tokens, all but the
+    first of each row; near a row's start the longest context there is serves.
 
     Args:
         train: [..., T] tokens to count.
@@ -166,8 +155,7 @@ def ngram_baseline(train: Tensor, test: Tensor, vocabulary_size: int, *, order: 
         order: tokens in a count, the predicted one included.
         smoothing: λ in counts, above 0.
 
-    Raises:
-        ValueError: if a token lies outside the vocabulary, a row is shorter than 2, or V^order passes 2^25 entries.
+    Raises ValueError if a token lies outside the vocabulary, a row is shorter than 2, or V^order passes 2^25 entries.
     """
     if order < 1 or not smoothing > 0:
         raise ValueError(f"ngram_baseline: order {order}, smoothing {smoothing}; at least 1 and above 0 are accepted")
@@ -218,9 +206,9 @@ def token_losses(
 ) -> Tensor:
     """−ln p(token t | those before it in its window) of every token but the first: nats, [n−1] float64.
 
-    Windows begin `stride` tokens apart. In each, only what the window before did not reach is scored; the rest is
-    context. The last window ends with the text and overlaps as far as it must. So each token is scored exactly once,
-    and with `window` − `stride` + 1 tokens of context at least, but for those of the first window.
+    Windows begin `stride` tokens apart. In each, only what the window before did not reach is scored; the rest is context. The
+    last window ends with the text and overlaps as far as it must. So each token is scored exactly once, and with `window` −
+    `stride` + 1 tokens of context at least, but for those of the first window.
 
     Args:
         model: token numbers [B,T] → logits [B,T,V], in eval mode if it has one.
@@ -229,8 +217,7 @@ def token_losses(
         stride: 1 … window; None for `window`: no overlap, each token read once.
         batch_size: windows at a time; changes time and memory only.
 
-    Raises:
-        ValueError: for tokens of another shape, a window below 1, or a stride outside 1 … window.
+    Raises ValueError for tokens of another shape, a window below 1, or a stride outside 1 … window.
     """
     stride = window if stride is None else stride
     if tokens.dim() != 1 or len(tokens) < 2:

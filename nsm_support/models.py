@@ -96,8 +96,7 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights, whole or not at all: config.json comes last and names the weights by their checksum.
 
-        Raises:
-            ValueError: for a model whose weights are no longer those of its config (a part was put in another's place).
+        Raises ValueError for a model whose weights are no longer those of its config (a part was put in another's place).
         """
         with torch.device("meta"):
             expected = {name: value.shape for name, value in self.from_config(self.config).state_dict().items()}
@@ -120,9 +119,8 @@ class PretrainedModel(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Self:
         """The model that `save_pretrained` wrote, on the CPU, in eval mode; the random state stays as it was.
 
-        Raises:
-            FileNotFoundError: without config.json, or without the weights that it names.
-            CheckpointError: for a file that is damaged, a model of another class, or weights of another config.
+        Raises FileNotFoundError without config.json, or without the weights that it names; CheckpointError for a file that is
+        damaged, a model of another class, or weights of another config.
         """
         path = Path(folder) / "config.json"
         try:
@@ -157,9 +155,8 @@ class StreamedModel(PretrainedModel):
     """`start`, `prefill`, `step` and `generate`, for a stack of layers that have `start` and `go_on`.
 
     `layer.go_on(tokens, memory)` takes the first tokens [B,T,D] of a stream, or the next one [B,1,D], and what the layer
-    remembers; it gives the tokens that come out, and what to remember then.
-    A subclass says whether it is `causal`, which layers it has (`stack`), how tokens come in (`_embed`) and how outputs go
-    out (`_conclude`).
+    remembers; it gives the tokens that come out, and what to remember then. A subclass says whether it is `causal`, which layers
+    it has (`stack`), how tokens come in (`_embed`) and how outputs go out (`_conclude`).
     """
 
     causal: bool = True
@@ -219,8 +216,7 @@ class StreamedModel(PretrainedModel):
             top_k: draw among so many of the likeliest; None for all.
             generator: source of the draws; the global one by default.
 
-        Raises:
-            ValueError: for a model that predicts no tokens, or an argument that does not fit.
+        Raises ValueError for a model that predicts no tokens, or an argument that does not fit.
         """
         head = getattr(self.config, "head", "language_model")
         check(type(self).__name__, head == "language_model", "'language_model': others predict no tokens", head=head)

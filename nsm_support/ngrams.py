@@ -18,18 +18,16 @@ def kneser_ney(train: Sequence[Tensor], test: Sequence[Tensor], vocab_size: int,
 
         p(t | context) = (max(c(context, t) − d, 0) + d·N(context)·p(t | context without its first token)) / c(context)
 
-    with N(context) different tokens after it, and d = n₁/(n₁ + 2 n₂) from what is counted once and twice (n₁ at least 1).
-    In all orders but the highest c counts different tokens before, not occurrences; below them all is 1/V. (Kneser and
-    Ney 1995; interpolated, Chen and Goodman 1999, whose modified form, with three discounts, predicts a little better.)
-    Order 1 is the best constant, 2 the bigram. Unlike `metrics.ngram_baseline` it holds no table of V^order entries, and has
-    nothing to tune.
+    with N(context) different tokens after it, and d = n₁/(n₁ + 2 n₂) from what is counted once and twice (n₁ at least 1). In all
+    orders but the highest c counts different tokens before, not occurrences; below them all is 1/V. (Kneser and Ney 1995;
+    interpolated, Chen and Goodman 1999, whose modified form, with three discounts, predicts a little better.) Order 1 is the best
+    constant, 2 the bigram. Unlike `metrics.ngram_baseline` it holds no table of V^order entries, and has nothing to tune.
 
     Args:
         train, test: chapters, token numbers [n] each, n ≥ 2.
         order: tokens in a count, the predicted one included.
 
-    Raises:
-        ValueError: for an order below 1, a chapter below 2 tokens, a token outside the vocabulary.
+    Raises ValueError for an order below 1, a chapter below 2 tokens, a token outside the vocabulary.
     """
     check_sizes("kneser_ney", order=order)
     for name, chapters in (("train", train), ("test", test)):

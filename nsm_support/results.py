@@ -48,19 +48,17 @@ class Interval(Protocol):
 
 
 def glue(key: str | None = None, value: Any = None, /, *, measured: bool = False, **values: Any) -> None:
-    """Hand values to the prose (`{glue:text}`) and to the result store: one, `glue("loss", 0.1)`, or many,
-    `glue(loss=0.1, steps=300)`.
+    """Hand values to the prose (`{glue:text}`) and the result store: `glue("loss", 0.1)`, or many, `glue(loss=0.1, steps=300)`.
 
     Args:
         key: name of the value, unique on its page.
-        value: a number, a string, or an estimate with `estimate`, `low`, `high` and `n`, which becomes four values:
-            `key`, `key_low`, `key_high`, `key_n`.
-        measured: True for seconds, bytes and whatever else the clock decides. Everything else has to come out the
-            same when the page is run again, and the tests hold it to that.
+        value: a number, a string, or an estimate with `estimate`, `low`, `high` and `n`, which becomes four values: `key`,
+            `key_low`, `key_high`, `key_n`.
+        measured: True for seconds, bytes and whatever else the clock decides. Everything else has to come out the same when the
+            page is run again, and the tests hold it to that.
 
-    Raises:
-        TypeError: for a value that is none of these.
-        ValueError: for a number that is not finite: a blank in a sentence is never what was meant.
+    Raises TypeError for a value that is none of these; ValueError for a number that is not finite: a blank in a sentence is never
+    what was meant.
     """
     if key is not None:
         _glue(key, value, measured)
@@ -88,8 +86,7 @@ def _glue(key: str, value: Any, measured: bool) -> None:
 def parse(comparison: str) -> tuple[str, str, str]:
     """The parts of a comparison such as `low > 0`: what is compared, the sign, the bound.
 
-    Raises:
-        ValueError: if it is no comparison of the estimate or an end of its interval with a number.
+    Raises ValueError if it is no comparison of the estimate or an end of its interval with a number.
     """
     match = RULE.match(comparison)
     if match is None:
@@ -101,16 +98,13 @@ def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n
     """Apply a decision rule that was written down before the run.
 
     Args:
-        rule: `supported` and `refuted`, each a comparison such as `low > 0`, and `min_n`, the least number of
-            independent units behind a verdict.
-        estimate, low, high, n: the estimate, its 95 % interval and the number of independent units; n = 0 says that this run
-            does not answer the question, whatever the three others are.
+        rule: `supported` and `refuted`, each a comparison such as `low > 0`, and `min_n`, the least number of independent units
+            behind a verdict.
+        estimate, low, high, n: the estimate, its 95 % interval and the number of independent units; n = 0 says that this run does
+            not answer the question, whatever the three others are.
 
-    Returns:
-        `supported`, `refuted` or `undecided`. Undecided is the answer whenever n is below `min_n`.
-
-    Raises:
-        ValueError: if the interval does not hold the estimate, or if both comparisons hold.
+    Returns `supported`, `refuted` or `undecided`. Undecided is the answer whenever n is below `min_n`. Raises ValueError if the
+    interval does not hold the estimate, or if both comparisons hold.
     """
     if not low <= estimate <= high:
         raise ValueError(f"the interval [{low}, {high}] does not hold the estimate {estimate}")
@@ -170,15 +164,13 @@ def claim(id: str, found: Interval | None = None, *, measured: bool = False, **n
 
     Args:
         id: of the claim.
-        found: an estimate of `nsm_support.statistics`, or anything with `estimate`, `low`, `high` and `n`; or these four by
-            name. A run that measured at another size than the question's gives n = 0: the ledger then shows neither estimate
-            nor interval.
+        found: an estimate of `nsm_support.statistics`, or anything with `estimate`, `low`, `high` and `n`; or these four by name.
+            A run that measured at another size than the question's gives n = 0: the ledger then shows neither estimate nor
+            interval.
         measured: as in `glue`, for claims about seconds.
 
-    Raises:
-        KeyError: if the claim was not written down beforehand; the message lists those that were.
-        TypeError: for anything but an estimate or its four numbers.
-        ValueError: as `verdict`.
+    Raises KeyError if the claim was not written down beforehand; the message lists those that were. Raises TypeError for
+    anything but an estimate or its four numbers, and ValueError as `verdict`.
     """
     given: dict[str, Any] = numbers if found is None else {field: getattr(found, field, None) for field in NUMBERS}
     if set(given) != set(NUMBERS) or None in given.values() or (found is not None and numbers):
@@ -226,11 +218,9 @@ def write_product(name: str) -> Path:
 def read_product(name: str) -> Path:
     """Where a file lies that another page made; `pages.yml` names it under `needs`.
 
-    In a notebook that the pipeline does not run, it is the first there is of: the one that the other page made in the
-    same way, the published one, the quick profile's.
-
-    Raises:
-        FileNotFoundError: if that page has not run yet, or there is no store; the message says what to do.
+    In a notebook that the pipeline does not run, it is the first there is of: the one that the other page made in the same way,
+    the published one, the quick profile's. Raises FileNotFoundError if that page has not run yet, or there is no store; the
+    message says what to do.
     """
     if "NSM_BOOK_MAKES" in os.environ and (own := _product(name, "NSM_BOOK_MAKES")).exists():  # made in this run
         return own

@@ -66,14 +66,13 @@ def _sample(values: ArrayLike, function: str, name: str = "values") -> NDArray[n
 def t_interval(values: ArrayLike) -> Estimate:
     """Mean and Student's 95 % interval, mean ± t(0.975, n−1)·s/√n: the one for a few runs.
 
-    Right for normally distributed values at any n ≥ 2. Over 3 seeds it is wide, and has to be: a bootstrap over 3
-    values, which can only draw these three again, covers the true mean about 3 times in 4 instead of 19 in 20.
+    Right for normally distributed values at any n ≥ 2. Over 3 seeds it is wide, and has to be: a bootstrap over 3 values, which
+    can only draw these three again, covers the true mean about 3 times in 4 instead of 19 in 20.
 
     Args:
         values: [n], one value a run, in any unit.
 
-    Raises:
-        ValueError: if n < 2, or a value is NaN or infinite.
+    Raises ValueError if n < 2, or a value is NaN or infinite.
     """
     from scipy.special import stdtrit
 
@@ -91,8 +90,7 @@ def share_interval(hits: ArrayLike) -> Estimate:
     Args:
         hits: [n], a truth value for each unit.
 
-    Raises:
-        ValueError: if there is none, or a value that is neither 0 nor 1.
+    Raises ValueError if there is none, or a value that is neither 0 nor 1.
     """
     from scipy.stats import binomtest
 
@@ -107,9 +105,9 @@ def share_interval(hits: ArrayLike) -> Estimate:
 def bootstrap_interval(*samples: ArrayLike, statistic: Callable[..., Any] = np.mean, seed: int = 0) -> Estimate:
     """A statistic over independent units and its 95 % bootstrap interval (`scipy.stats.bootstrap`, 9,999 resamples).
 
-    Bias-corrected and accelerated (Efron 1987) up to 2,000 units, percentile above, and percentile also where the
-    correction is undefined (a statistic that hardly changes over the resamples). Equal units give an interval of
-    width zero. The interval always holds the estimate. Below 10 units prefer `t_interval`.
+    Bias-corrected and accelerated (Efron 1987) up to 2,000 units, percentile above, and percentile also where the correction is
+    undefined (a statistic that hardly changes over the resamples). Equal units give an interval of width zero. The interval
+    always holds the estimate. Below 10 units prefer `t_interval`.
 
     Args:
         samples: one or more [n]; several samples belong together unit by unit and are drawn together, so that
@@ -117,8 +115,7 @@ def bootstrap_interval(*samples: ArrayLike, statistic: Callable[..., Any] = np.m
         statistic: takes the samples and, to be fast, `axis`.
         seed: of the resampling.
 
-    Raises:
-        ValueError: if n < 2, the samples differ in length, a value is NaN or infinite, or the statistic becomes so.
+    Raises ValueError if n < 2, the samples differ in length, a value is NaN or infinite, or the statistic becomes so.
     """
     import warnings
 
@@ -162,8 +159,7 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Estimate:
         values: [n], one value a unit.
         seed: of the resampling.
 
-    Raises:
-        ValueError: as `t_interval` and `bootstrap_interval`.
+    Raises ValueError as `t_interval` and `bootstrap_interval`.
     """
     sample = _sample(values, "mean_interval")
     return t_interval(sample) if len(sample) < FEW else bootstrap_interval(sample, seed=seed)
@@ -176,8 +172,7 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> 
         first, second: [n] each, in the same order of units.
         seed: of the resampling.
 
-    Raises:
-        ValueError: if the lengths differ, n < 2, or a value is NaN or infinite.
+    Raises ValueError if the lengths differ, n < 2, or a value is NaN or infinite.
     """
     pair = _sample(first, "paired_difference", "first"), _sample(second, "paired_difference", "second")
     if len(pair[0]) != len(pair[1]):
@@ -188,15 +183,12 @@ def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> 
 def crossed_interval(differences: ArrayLike) -> Estimate:
     """Mean and a cautious 95 % interval of paired differences [bases, seeds, C], of which C chapters are the same for all.
 
-    Two things vary: which base models were trained, and which chapters were held out. The variance of the mean is taken
-    as that of the bases' means over their number plus that of the chapters' means over theirs (what both share is counted
-    twice), and the interval is Student's with as many degrees of freedom as there are bases, less one: too wide rather
-    than too narrow. Seeds of one base are not independent and are averaged first; with a single base the seeds take the
-    place of the bases, and the interval says nothing about other base models.
-
-    Returns:
-        n is the number of runs, bases times seeds. Raises ValueError for another shape, fewer than 2 runs or chapters, or
-        values that are not finite.
+    Two things vary: which base models were trained, and which chapters were held out. The variance of the mean is taken as that
+    of the bases' means over their number plus that of the chapters' means over theirs (what both share is counted twice), and the
+    interval is Student's with as many degrees of freedom as there are bases, less one: too wide rather than too narrow. Seeds of
+    one base are not independent and are averaged first; with a single base the seeds take the place of the bases, and the
+    interval says nothing about other base models. Its n is the number of runs, bases times seeds. Raises ValueError for
+    another shape, fewer than 2 runs or chapters, or values that are not finite.
     """
     from scipy.special import stdtrit
 
@@ -215,9 +207,9 @@ def permutation_null(
 ) -> PermutationNull:
     """What a statistic of (values, labels) would be if the labels said nothing: its values under shuffled labels.
 
-    Chance level for mutual information, purity and the like, which are above zero by chance alone. The labels are
-    shuffled along their first axis, so that axis has to be the independent units: give labels [digits] and weights
-    [digits, patches, states], not one row a patch, or the null comes out too narrow.
+    Chance level for mutual information, purity and the like, which are above zero by chance alone. The labels are shuffled along
+    their first axis, so that axis has to be the independent units: give labels [digits] and weights [digits, patches, states],
+    not one row a patch, or the null comes out too narrow.
 
     Args:
         statistic: takes `values` and shuffled `labels`, returns a number; more means more related.
@@ -226,11 +218,8 @@ def permutation_null(
         permutations: how many shuffles; the least p-value is 1/(permutations + 1).
         seed: of the shuffles.
 
-    Returns:
-        The observed statistic, the null [permutations], and p = (1 + #(null ≥ observed))/(1 + permutations).
-
-    Raises:
-        ValueError: if there are fewer than 2 labels or 1 permutation, or the statistic is NaN or infinite.
+    Returns the observed statistic, the null [permutations], and p = (1 + #(null ≥ observed))/(1 + permutations). Raises
+    ValueError if there are fewer than 2 labels or 1 permutation, or the statistic is NaN or infinite.
     """
     n = len(labels)
     if n < 2 or permutations < 1:

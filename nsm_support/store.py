@@ -78,9 +78,7 @@ def _folder() -> Path:
 def read_store(folder: Path | None = None) -> Store:
     """The result store in a folder; without one, of NSM_BOOK_RESULTS, or of the nearest checkout, its full profile first.
 
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if a claim has no answer.
+    Raises FileNotFoundError if there is none; ValueError if a claim has no answer.
     """
     folder = folder or _folder()
     book, results = (json.loads((folder / name).read_text()) for name in ("book.json", "results.json"))

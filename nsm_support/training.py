@@ -113,25 +113,24 @@ def fit(
 ) -> History:
     """Train `model` in place and say how it went.
 
-    Inside, the global random state is the run's own (dropout and noise draw from it, seeded by the config); afterwards
-    it is the caller's again, as are the model's train or eval modes. Evaluation cannot disturb the run. A progress bar
-    goes to stdout, unless the pipeline runs the page (environment variable NSM_BOOK_RUN).
+    Inside, the global random state is the run's own (dropout and noise draw from it, seeded by the config); afterwards it is the
+    caller's again, as are the model's train or eval modes. Evaluation cannot disturb the run. A progress bar goes to stdout,
+    unless the pipeline runs the page (environment variable NSM_BOOK_RUN).
 
-    If `config.checkpoint` exists, the run goes on from there, or is at its end at once: remove the file to train
-    afresh. It knows the config, not the code or the data: keep it where a change of those removes it.
+    If `config.checkpoint` exists, the run goes on from there, or is at its end at once: remove the file to train afresh. It knows
+    the config, not the code or the data: keep it where a change of those removes it.
 
     Args:
         model: trained on the device it is on.
         sample_batch: (generator, batch_size) → batch; all its randomness comes from the generator, which is on the CPU.
         loss_function: (model, batch) → scalar loss.
         evaluate: model → named numbers, called under `evaluating` at every record.
-        on_step: called before each update with (step, model, optimiser), for schedules of temperature and the like.
-            What it sets has to follow from the step or live in the model's buffers, else a resumed run lacks it.
+        on_step: called before each update with (step, model, optimiser), for schedules of temperature and the like. What it sets
+            has to follow from the step or live in the model's buffers, else a resumed run lacks it.
 
-    Raises:
-        FloatingPointError: if loss or gradient is not finite, naming the step, which is not taken.
-        CheckpointError: if the checkpoint is damaged or belongs to another config or model.
-        ValueError, RuntimeError: if `evaluate` returns no numbers, `forward` made a parameter, or none can be trained.
+    Raises FloatingPointError if loss or gradient is not finite, naming the step, which is not taken; CheckpointError if the
+    checkpoint is damaged or belongs to another config or model; ValueError or RuntimeError if `evaluate` returns no numbers,
+    `forward` made a parameter, or none can be trained.
     """
     path = Path(config.checkpoint) if config.checkpoint is not None else None
     progress = tqdm(total=config.steps, file=sys.stdout, leave=False, disable="NSM_BOOK_RUN" in os.environ)
@@ -257,10 +256,8 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
 def load_model(path: str | os.PathLike[str], build: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
     """Read a model that `save_model` wrote, in eval mode, on the device that `build` puts it on.
 
-    `build` takes the metadata and returns the model with fresh weights: `lambda data: SimpleNSM(**data["config"])`.
-
-    Raises:
-        CheckpointError: if the file is damaged, of another kind, or does not fit the model that was built.
+    `build` takes the metadata and returns the model with fresh weights: `lambda data: SimpleNSM(**data["config"])`. Raises
+    CheckpointError if the file is damaged, of another kind, or does not fit the model that was built.
     """
     content = _read_tensors(Path(path), "metadata")
     model = build(content["metadata"])

@@ -10,21 +10,6 @@ from nsm_support.figures.show import COLORS, GRID, INK, PALETTE, STATIC, interac
 from nsm_support.figures.tables import table
 
 __all__ = [
-    "COLORS",
-    "GRID",
-    "INK",
-    "PALETTE",
-    "STATIC",
-    "Bars",
-    "Explorer",
-    "Heat",
-    "Line",
-    "Panel",
-    "explore",
-    "interactive",
-    "intervals",
-    "setup_style",
-    "show",
-    "svg",
-    "table",
-]
+    "COLORS", "GRID", "INK", "PALETTE", "STATIC", "Bars", "Explorer", "Heat", "Line", "Panel", "explore", "interactive",
+    "intervals", "setup_style", "show", "svg", "table",
+]  # fmt: skip

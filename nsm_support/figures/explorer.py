@@ -185,8 +185,7 @@ def explore(
         height: of plotly's figure in pixels.
         size: of the still figure in inches.
 
-    Raises:
-        ValueError: if two choices have other lines or tables.
+    Raises ValueError if two choices have other lines or tables.
     """
     panels = {choice: list(draw(*choice)) for choice in product(*controls.values())}
     traces = {choice: [trace for one in found for trace in one.traces()] for choice, found in panels.items()}

@@ -40,8 +40,7 @@ def setup_style(context: str = "notebook") -> None:
     Args:
         context: `notebook` (the book), `paper` or `talk`: the scale of text and lines.
 
-    Raises:
-        ValueError: for another context.
+    Raises ValueError for another context.
     """
     import matplotlib
     from cycler import cycler
@@ -146,14 +145,13 @@ def show(
         alt: what is seen, in words, for whoever does not see it.
         caption: what was measured, on what, how often. HTML.
         still: for a plotly figure, its twin drawn by Matplotlib: for print, for no JavaScript, and until it loads.
-        controls: for a plotly figure, native inputs: label → choices. Numbers make a slider that starts at its end,
-            anything else a drop-down that starts at its first choice.
-        frames: for each combination of choices (a tuple, in the controls' order) one dict a trace, with what changes
-            in that trace, e.g. `{("7", 0): [{"z": weights}]}`.
+        controls: for a plotly figure, native inputs: label → choices. Numbers make a slider that starts at its end, anything else
+            a drop-down that starts at its first choice.
+        frames: for each combination of choices (a tuple, in the controls' order) one dict a trace, with what changes in that
+            trace, e.g. `{("7", 0): [{"z": weights}]}`.
 
-    Raises:
-        ValueError: if name, alt or caption is empty, a plotly figure has no twin, or a combination has no frame.
-        TypeError: for something that is neither kind of figure.
+    Raises ValueError if name, alt or caption is empty, a plotly figure has no twin, or a combination has no frame; TypeError for
+    something that is neither kind of figure.
     """
     from IPython.display import display
 

@@ -37,8 +37,7 @@ def table(
         ids: an anchor for each row.
         folded: a line that stands in the table's place until a reader opens it.
 
-    Raises:
-        ValueError: without a label or a column, or for links or ids that do not fit the frame.
+    Raises ValueError without a label or a column, or for links or ids that do not fit the frame.
     """
     from IPython.display import display
 

@@ -15,10 +15,8 @@ def write_text(
 ) -> None:
     """Write tokens one after the other, each on a ground that has the colour of its value, and the scale below.
 
-    A line end is shown as ¶. Letters are black, so take light colours.
-
-    Raises:
-        ValueError: if there are not as many values as tokens.
+    A line end is shown as ¶. Letters are black, so take light colours. Raises ValueError if there are not as many values as
+    tokens.
     """
     if len(words) != len(values):
         raise ValueError(f"write_text: {len(words)} tokens and {len(values)} values; as many of each are accepted")

@@ -12,20 +12,6 @@ from nsm_support.mixers.rotary import rotate
 from nsm_support.mixers.scan import selective_scan, ssd_scan
 
 __all__ = [
-    "BASELINES",
-    "GRU",
-    "LSTM",
-    "Baseline",
-    "BaselineConfig",
-    "CNNConfig",
-    "Cache",
-    "Mamba",
-    "Mamba2Block",
-    "MambaBlock",
-    "MambaStream",
-    "SmallCNN",
-    "Transformer",
-    "rotate",
-    "selective_scan",
-    "ssd_scan",
-]
+    "BASELINES", "GRU", "LSTM", "Baseline", "BaselineConfig", "CNNConfig", "Cache", "Mamba", "Mamba2Block", "MambaBlock",
+    "MambaStream", "SmallCNN", "Transformer", "rotate", "selective_scan", "ssd_scan",
+]  # fmt: skip

@@ -41,8 +41,7 @@ class _Mixer(nn.Module):
     def forward(self, tokens: Tensor, stream: MambaStream | None = None) -> Tensor:
         """Tokens [B,T,D] → [B,T,D], each from itself and those before it, the ones in `stream` included.
 
-        Raises:
-            ValueError: for shapes that do not fit, or no tokens.
+        Raises ValueError for shapes that do not fit, or no tokens.
         """
         return self.prefill(tokens, stream)[0]
 
@@ -92,10 +91,8 @@ class MambaBlock(_Mixer):
         expand: channels per token width. conv_width: W, tokens that the convolution sees.
         delta_rank: rank of the step sizes; a sixteenth of D, rounded up, by default.
 
-    At the start A = −(1 … N) in every channel (S4D-real), D = 1, and delta is drawn log-uniformly from 0.001 … 0.1.
-
-    Raises:
-        ValueError: for sizes that are not whole numbers from 1 up.
+    At the start A = −(1 … N) in every channel (S4D-real), D = 1, and delta is drawn log-uniformly from 0.001 … 0.1. Raises
+    ValueError for sizes that are not whole numbers from 1 up.
     """
 
     def __init__(
@@ -149,10 +146,8 @@ class Mamba2Block(_Mixer):
         token_dim: width D of a token. num_heads: H; each head has one decay. state_dim: N.
         expand: channels per token width. conv_width: W. chunk: of `ssd_scan`; changes time and memory only.
 
-    All heads share B and C (one group). At the start A is drawn uniformly from −16 … −1, D = 1, delta as in `MambaBlock`.
-
-    Raises:
-        ValueError: for sizes that are not whole numbers from 1 up, or channels that heads do not share evenly.
+    All heads share B and C (one group). At the start A is drawn uniformly from −16 … −1, D = 1, delta as in `MambaBlock`. Raises
+    ValueError for sizes that are not whole numbers from 1 up, or channels that heads do not share evenly.
     """
 
     def __init__(

@@ -42,11 +42,9 @@ def selective_scan(
         initial_state: h_0 [B,C,N], zeros by default.
         return_last_state: return y [B,C,T] and h_T [B,C,N].
 
-    Differentiable, once, in every input. Only the states between segments are kept, the others made anew in the backward
-    pass: all B·C·N·T of them never exist at once.
-
-    Raises:
-        ValueError: for shapes that do not fit, no tokens, or numbers that are not real floats.
+    Differentiable, once, in every input. Only the states between segments are kept, the others made anew in the backward pass:
+    all B·C·N·T of them never exist at once. Raises ValueError for shapes that do not fit, no tokens, or numbers that are not real
+    floats.
     """
     _check("u", u, "B C T")
     batch, channels, tokens = u.shape
@@ -246,8 +244,7 @@ def ssd_scan(
         initial_state: h_0 [B,H,P,N], zeros by default.
         return_last_state: return y [B,T,H,P] and h_T [B,H,P,N].
 
-    Raises:
-        ValueError: for shapes that do not fit, no tokens, or numbers that are not real floats.
+    Raises ValueError for shapes that do not fit, no tokens, or numbers that are not real floats.
     """
     _check("x", x, "B T H P")
     batch, tokens, heads, P = x.shape

@@ -82,14 +82,13 @@ class HybridAttention(nn.Module):
         num_heads: heads H of the window.
         window: W, tokens that a token sees on one side, itself included.
         causal: look back only.
-        mix: "gate", g·local + (1−g)·read with g learned per token; "fixed", the same with g = `alpha`;
-            "sum", local + read; "local" and "read", one alone.
+        mix: "gate", g·local + (1−g)·read with g learned per token; "fixed", the same with g = `alpha`; "sum", local + read;
+            "local" and "read", one alone.
         alpha: share of the window for "fixed", 0 … 1.
         rotary: rotary positions inside the window.
         state_dim: width M of the states, needed only to call the module on states that are not D wide.
 
-    Raises:
-        ValueError: for an unknown mix, an alpha outside 0 … 1, or sizes that do not fit.
+    Raises ValueError for an unknown mix, an alpha outside 0 … 1, or sizes that do not fit.
     """
 
     def __init__(

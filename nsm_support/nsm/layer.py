@@ -120,10 +120,8 @@ class NSMLayer(nn.Module):
     def forward(self, tokens: Tensor, states: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens [B,T,D] and states [B,S,M] (the learned ones by default) → both, updated.
 
-        Tokens where mask [B,T] is False are padding: no one hears them and they write nothing.
-
-        Raises:
-            ValueError: for shapes that do not fit.
+        Tokens where mask [B,T] is False are padding: no one hears them and they write nothing. Raises ValueError for shapes that
+        do not fit.
         """
         return self._run(tokens, states, mask, trace=False)[0][:2]
 
@@ -262,8 +260,7 @@ class NSMLayer(nn.Module):
     def start(self, batch_size: int, states: Tensor | None = None) -> LayerStream:
         """The memory of a causal layer before the first of a stream of tokens.
 
-        Raises:
-            ValueError: in the bidirectional mode, which needs all tokens at once.
+        Raises ValueError in the bidirectional mode, which needs all tokens at once.
         """
         check(self, self.chunk is not None, "a number of tokens: a stream sees no later token", chunk=self.chunk)
         H, mix = self.hybrid_attn.num_heads, self.hybrid_attn.mix

@@ -79,10 +79,8 @@ class StatePropagator(nn.Module):
         gate_type: "gru", or "lstm" with a real cell [B,S,M] beside the states.
         num_heads: heads of the state-to-state attention; 0 leaves it out.
 
-    `cell` holds the weights, a `torch.nn.GRUCell` or `LSTMCell`: the update equals theirs on the same weights.
-
-    Raises:
-        ValueError: for another gate type, or widths that do not fit.
+    `cell` holds the weights, a `torch.nn.GRUCell` or `LSTMCell`: the update equals theirs on the same weights. Raises ValueError
+    for another gate type, or widths that do not fit.
     """
 
     def __init__(self, state_dim: int, hidden_dim: int | None = None, gate_type: str = "gru", num_heads: int = 4):

@@ -2,10 +2,9 @@
 
 Letters: B batch, T tokens, D token width, S states, M state width, H heads, K width of a head.
 
-The weights are scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, equation 1) of tokens over states;
-reading and writing with them is the cross-attention of the Set Transformer's inducing points (Lee et al. 2019,
-arXiv:1810.00825, equation 9), with the write normalised over tokens as in Slot Attention (Locatello et al. 2020,
-arXiv:2006.15055, algorithm 1).
+The weights are scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, equation 1) of tokens over states; reading
+and writing with them is the cross-attention of the Set Transformer's inducing points (Lee et al. 2019, arXiv:1810.00825, equation
+9), with the write normalised over tokens as in Slot Attention (Locatello et al. 2020, arXiv:2006.15055, algorithm 1).
 """
 
 import math
@@ -96,8 +95,8 @@ def read_write_reference(q, k, state_values, token_values, bias=None, temperatur
 class TokenToStateRouter(nn.Module):
     """Content-based multi-head routing between tokens [B,T,D] and states [B,S,M].
 
-    The query comes from the token, the key from the *state*; D and M need not be equal. Calling the router returns what
-    tokens read and the head-averaged weights; `route`, `read_states` and `write_tokens` give the parts, per head.
+    The query comes from the token, the key from the *state*; D and M need not be equal. Calling the router returns what tokens
+    read and the head-averaged weights; `route`, `read_states` and `write_tokens` give the parts, per head.
 
     Args:
         token_dim: width D of a token.
@@ -108,8 +107,7 @@ class TokenToStateRouter(nn.Module):
         temperature: τ, divides the logits.
         use_softmax: False returns raw logits as weights, as the first prototype could (then nothing sums to 1).
 
-    Raises:
-        ValueError: for sizes that do not fit, a `top_k` outside 1 … S, or a temperature that is not above 0.
+    Raises ValueError for sizes that do not fit, a `top_k` outside 1 … S, or a temperature that is not above 0.
     """
 
     def __init__(

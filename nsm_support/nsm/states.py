@@ -69,11 +69,9 @@ class StateManager(nn.Module):
         prune_threshold: score below which `prune` takes a state away, in fair shares (`Importance.scores`).
         importance: the `Importance` of a router, to share it; a new one by default.
 
-    Initial states are drawn from N(0, 1), so they differ: equal states (zeros, say) would receive equal routing weights
-    and equal messages, and stay equal for ever.
-
-    Raises:
-        ValueError: for counts that are missing, contradict each other or lie above `max_states`.
+    Initial states are drawn from N(0, 1), so they differ: equal states (zeros, say) would receive equal routing weights and equal
+    messages, and stay equal for ever. Raises ValueError for counts that are missing, contradict each other or lie above
+    `max_states`.
     """
 
     def __init__(
@@ -117,8 +115,7 @@ class StateManager(nn.Module):
     def forward(self, initial_states: Tensor | None = None, batch_size: int | None = None) -> Tensor:
         """The states [B,S,M] to start from: the given ones, checked, or the learned ones for `batch_size`.
 
-        Raises:
-            ValueError: when neither is given, or the given states are not [B,S,M].
+        Raises ValueError when neither is given, or the given states are not [B,S,M].
         """
         if initial_states is not None:
             batch = {} if batch_size is None else {"B": batch_size}
@@ -143,14 +140,13 @@ class StateManager(nn.Module):
         """Take states away: initial states, log-importance and mean mass really become smaller. One state always stays.
 
         Args:
-            keep: indices of the states to keep. By default those whose score is at least `threshold`; where none is,
-                the one with the best score.
+            keep: indices of the states to keep. By default those whose score is at least `threshold`; where none is, the one with
+                the best score.
             threshold: in fair shares; `prune_threshold` by default.
             by: the score to hold against it, "importance" or "mass".
             optimizer: the optimiser of these parameters; its groups and its per-state moments follow.
 
-        Raises:
-            ValueError: for an empty `keep`, an index that is no state, or an optimiser without these parameters.
+        Raises ValueError for an empty `keep`, an index that is no state, or an optimiser without these parameters.
         """
         if keep is None:
             scores = self.get_importance_scores(by)
@@ -180,14 +176,13 @@ class StateManager(nn.Module):
         """Add one state, really written into the learned initial states, and return its index.
 
         Args:
-            vector: the new initial state [M]; it starts with a fair share (score 1). Without it the busiest state (by
-                mean mass) is split: parent and child take half of the parent's importance each, and the child is the
-                parent plus N(0, noise²). With noise 0 a dense read gives the same as before.
+            vector: the new initial state [M]; it starts with a fair share (score 1). Without it the busiest state (by mean mass)
+                is split: parent and child take half of the parent's importance each, and the child is the parent plus N(0,
+                noise²). With noise 0 a dense read gives the same as before.
             generator: source of that noise.
             optimizer: as in `prune`; the moments of the new row start at zero.
 
-        Raises:
-            ValueError: when `max_states` is reached, or for a vector that is not [M].
+        Raises ValueError when `max_states` is reached, or for a vector that is not [M].
         """
         if self.num_states >= self.max_states:
             raise ValueError(f"all {self.max_states} states (max_states) are in use: prune first, or raise max_states")

@@ -25,24 +25,9 @@ TASKS = {
 }
 
 __all__ = [
-    "IGNORE",
-    "PREFIX",
-    "SECTIONS",
-    "TASKS",
-    "Batch",
-    "CharacterText",
-    "Control",
-    "Digits",
-    "ListOps",
-    "Recall",
-    "Score",
-    "SelectiveCopying",
-    "Task",
-    "VerseSection",
-    "WordProblem",
-    "make_task",
-    "score",
-]
+    "IGNORE", "PREFIX", "SECTIONS", "TASKS", "Batch", "CharacterText", "Control", "Digits", "ListOps", "Recall", "Score",
+    "SelectiveCopying", "Task", "VerseSection", "WordProblem", "make_task", "score",
+]  # fmt: skip
 
 
 def make_task(name: str, *, fold: int = 0, seed: int = 0, **sizes: Any) -> Task:
@@ -53,8 +38,7 @@ def make_task(name: str, *, fold: int = 0, seed: int = 0, **sizes: Any) -> Task:
         seed: of what is held out: the shuffle of the folds, the chapters, or the held-out strings.
         sizes: keyword arguments of the task's class: `pairs` of recall, `max_length` of a group, …
 
-    Raises:
-        ValueError: for a name, a size or a fold that the task does not have, naming those it has.
+    Raises ValueError for a name, a size or a fold that the task does not have, naming those it has.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(str(name), TASKS, n=1)

@@ -1,11 +1,10 @@
 """ListOps: nested list operations on digits, written out as tokens (Nangia and Bowman 2018).
 
-`[MAX 2 9 [MIN 4 7 ] 0 ]` is 9. The operators are MIN, MAX, MED (the median, rounded down, where the number of
-arguments is even) and SM (the sum modulo 10). The rules are those of Long Range Arena (Tay et al. 2020): 2 to
-`max_args` arguments, each with probability ¼ an expression of its own above `max_depth` and a digit otherwise, and
-only lengths from `min_length` to `max_length` are kept. What differs: Long Range Arena has depth 10, up to 10
-arguments, 500 to 2,000 tokens and 96,000 fixed expressions for training; here the sizes are the caller's, every batch
-is fresh, and each expression is an operator at its root.
+`[MAX 2 9 [MIN 4 7 ] 0 ]` is 9. The operators are MIN, MAX, MED (the median, rounded down, where the number of arguments is even)
+and SM (the sum modulo 10). The rules are those of Long Range Arena (Tay et al. 2020): 2 to `max_args` arguments, each with
+probability ¼ an expression of its own above `max_depth` and a digit otherwise, and only lengths from `min_length` to `max_length`
+are kept. What differs: Long Range Arena has depth 10, up to 10 arguments, 500 to 2,000 tokens and 96,000 fixed expressions for
+training; here the sizes are the caller's, every batch is fresh, and each expression is an operator at its root.
 """
 
 import random
@@ -29,8 +28,7 @@ def sample_expressions(
 ) -> tuple[Tensor, Tensor]:
     """Draw n expressions, tokens [n, max_length] padded with 0 at the right, and their values [n], 0 to 9.
 
-    Raises:
-        ValueError: if sizes contradict each other, or 10,000 draws in a row gave no expression of the lengths wanted.
+    Raises ValueError if sizes contradict each other, or 10,000 draws in a row gave no expression of the lengths wanted.
     """
     if max_depth < 1 or max_args < 2 or not 1 <= min_length <= max_length or max_length < 4:
         raise ValueError(

@@ -50,10 +50,8 @@ class Score(NamedTuple):
 def score(outputs: Tensor, targets: Tensor) -> Score:
     """Score outputs [..., C], logits or log-probabilities, by targets [...]; `IGNORE` is left out. Sums are float64.
 
-    Scores of several batches add up field by field.
-
-    Raises:
-        ValueError: if the shapes differ, nothing is asked, or a target is no class.
+    Scores of several batches add up field by field. Raises ValueError if the shapes differ, nothing is asked, or a target is no
+    class.
     """
     if outputs.shape[:-1] != targets.shape:
         raise ValueError(f"score: outputs {tuple(outputs.shape)} for targets {tuple(targets.shape)}; [..., C] is needed")
