@@ -14,23 +14,7 @@ from nsm_support.blockffn.router import BlockRouter, Routed
 from nsm_support.blockffn.signals import RoutingExtractor
 
 __all__ = [
-    "BlockFFN",
-    "BlockFFNConfig",
-    "BlockFFNModel",
-    "BlockRouter",
-    "Gate",
-    "GatedHybridLayer",
-    "MambaSidecar",
-    "Routed",
-    "RoutingExtractor",
-    "attach",
-    "blockffn_reference",
-    "blockffn_sparse",
-    "chunk_sparsity",
-    "chunk_sparsity_loss",
-    "dead_experts",
-    "detach",
-    "load_checkpoint",
-    "locality_loss",
-    "token_sparsity",
-]
+    "BlockFFN", "BlockFFNConfig", "BlockFFNModel", "BlockRouter", "Gate", "GatedHybridLayer", "MambaSidecar", "Routed",
+    "RoutingExtractor", "attach", "blockffn_reference", "blockffn_sparse", "chunk_sparsity", "chunk_sparsity_loss",
+    "dead_experts", "detach", "load_checkpoint", "locality_loss", "token_sparsity",
+]  # fmt: skip

@@ -22,37 +22,17 @@ from nsm_support.training import CheckpointError
 MODEL_TYPE = "minicpm"  #: of the published configs; the fields below tell a BlockFFN from others of that name
 # What the published configuration class takes where config.json is silent, and what this package can compute.
 DEFAULTS = {
-    "attention_type": "vanilla",
-    "num_key_value_heads": None,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 32,
-    "q_lora_rank": 768,
-    "kv_lora_rank": 256,
-    "ffn_type": "vanilla",
-    "num_experts": 40,
-    "expert_size": 128,
-    "norm_after_router": "sum",
-    "norm_scale": 1.0,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "scale_emb": 1,
-    "scale_depth": 1,
-    "dim_model_base": 1,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "router_act": "relu",
-    "rope_scaling": None,
-    "attention_bias": False,
-    "pretraining_tp": 1,
-}
+    "attention_type": "vanilla", "num_key_value_heads": None, "attention_bias": False,
+    "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "q_lora_rank": 768, "kv_lora_rank": 256,
+    "rope_theta": 10_000.0, "rope_scaling": None, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+    "ffn_type": "vanilla", "num_experts": 40, "expert_size": 128,
+    "router_act": "relu", "norm_after_router": "sum", "norm_scale": 1.0,
+    "scale_emb": 1, "scale_depth": 1, "dim_model_base": 1, "tie_word_embeddings": True, "pretraining_tp": 1,
+}  # fmt: skip
 ACCEPTED = {
-    "ffn_type": ("block", "block_linear"),
-    "hidden_act": ("silu",),
-    "router_act": ("relu",),
-    "rope_scaling": (None,),
-    "attention_bias": (False,),
-    "pretraining_tp": (1,),
-}
+    "ffn_type": ("block", "block_linear"), "hidden_act": ("silu",), "router_act": ("relu",),
+    "rope_scaling": (None,), "attention_bias": (False,), "pretraining_tp": (1,),
+}  # fmt: skip
 NAMES = {"hidden_size": "token_dim", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
 """Published names of what `BlockFFNConfig` calls otherwise."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -93,14 +73,12 @@ def read_config(folder: str | Path) -> BlockFFNConfig:
     path = Path(folder) / "config.json"
     given = json.loads(path.read_text(encoding="utf-8"))
     if given.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(
-            f"{path}: model_type is {given.get('model_type')!r}; {MODEL_TYPE!r} is accepted, with the fields of BlockFFN"
-        )
+        found = given.get("model_type")
+        raise CheckpointError(f"{path}: model_type is {found!r}; {MODEL_TYPE!r} is accepted, with the fields of BlockFFN")
     config = DEFAULTS | given
     for name, accepted in ACCEPTED.items():
         if config[name] not in accepted:
-            words = " or ".join(map(repr, accepted))
-            raise CheckpointError(f"{path}: {name} is {config[name]!r}; {words} is accepted")
+            raise CheckpointError(f"{path}: {name} is {config[name]!r}; {' or '.join(map(repr, accepted))} is accepted")
     config = {NAMES.get(name, name): value for name, value in config.items() if name not in NAMES.values()}
     config["ffn_type"] = "block"
     try:
@@ -127,15 +105,9 @@ def _folder(source: str | Path) -> Path:
         raise FileNotFoundError(f"{source} is no folder, nor the name of a repository ('owner/name')")
     with extra("checkpoints"):
         from huggingface_hub import snapshot_download
-    patterns = [
-        "config.json",
-        "tokenizer.json",
-        *WEIGHTS,
-        *(f"{name}.index.json" for name in WEIGHTS),
-        "model-*-of-*.safetensors",
-        "pytorch_model-*-of-*.bin",
-    ]
-    return Path(snapshot_download(name, allow_patterns=patterns))
+    weights = [*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)]
+    weights += ["model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"]
+    return Path(snapshot_download(name, allow_patterns=["config.json", "tokenizer.json", *weights]))
 
 
 def _parts(folder: Path) -> Iterator[dict[str, Tensor]]:

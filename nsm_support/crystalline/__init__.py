@@ -16,17 +16,7 @@ from nsm_support.crystalline.codes.schedules import temperature_at
 from nsm_support.crystalline.codes.transformer import CrystallineConfig, CrystallineTransformer, ModelConfig
 
 __all__ = [
-    "Bottleneck",
-    "BottleneckConfig",
-    "CrystallineConfig",
-    "CrystallineTransformer",
-    "FSMConfig",
-    "FiniteStateMachine",
-    "ModelConfig",
-    "commitment_loss",
-    "compression_loss",
-    "compute_state_code_alignment",
-    "plot_code_state_alignment",
-    "straight_through",
-    "temperature_at",
-]
+    "Bottleneck", "BottleneckConfig", "CrystallineConfig", "CrystallineTransformer", "FSMConfig", "FiniteStateMachine",
+    "ModelConfig", "commitment_loss", "compression_loss", "compute_state_code_alignment", "plot_code_state_alignment",
+    "straight_through", "temperature_at",
+]  # fmt: skip

@@ -492,10 +492,10 @@ def test_predictive_automaton_of_the_seeds_machine():
     [
         (lambda: FSMConfig(num_states=0), "FSMConfig: num_states = 0; accepted is a whole number"),
         (lambda: FSMConfig(vocab_size=2), "vocab_size = 2, tokens_per_state = 3; accepted is tokens_per_state or more"),
-        (lambda: seeds_machine(vocab_size=23), "FiniteStateMachine: vocab_size = 23; 24 or more is accepted"),
+        (lambda: seeds_machine(vocab_size=23), "FiniteStateMachine: vocab_size = 23; accepted is 24 or more"),
         (lambda: AmbiguousFSM(FSMConfig(num_states=8, vocab_size=4)), "a set of 3 for each of 8 states"),
-        (lambda: TokFSM(num_edges=101), "num_edges = 101 of 100 nodes; at most 100 are accepted"),
-        (lambda: tomita(8), "tomita: number = 8; 1 to 7 are accepted"),
+        (lambda: TokFSM(num_edges=101), "num_edges = 101; accepted is at most 100"),
+        (lambda: tomita(8), "tomita: number = 8; accepted is one of 1, 2, 3, 4, 5, 6, 7"),
         (lambda: Transducer("t", 0, torch.tensor([[0, 2], [0, 1]]), torch.zeros(2)), "t: transition .* states 0 to 1"),
         (lambda: Transducer("t", 2, torch.tensor([[0, 1], [0, 1]]), torch.zeros(2)), "t: start 2, .* 2 states are accepted"),
         (lambda: chain([[0.5, 0.4], [0, 1]], [1, 0]), "a state's edges sums to 0.9; probabilities of sum 1 are accepted"),

@@ -33,44 +33,16 @@ MACHINES: dict[str, Callable[[], Machine]] = {
 """The book's machines; the classes build others."""
 
 __all__ = [
-    "MACHINES",
-    "UNASKED",
-    "UNDEFINED",
-    "AmbiguousFSM",
-    "Automaton",
-    "Beliefs",
-    "FSMConfig",
-    "FiniteStateMachine",
-    "FirstTransition",
-    "HiddenMarkovModel",
-    "Machine",
-    "Optimum",
-    "Process",
-    "Sample",
-    "Survey",
-    "TokFSM",
-    "Transducer",
-    "beliefs",
-    "controls",
-    "make_machine",
-    "modular_counter",
-    "optimum",
-    "permutation_group",
-    "predict",
-    "predictive_automaton",
-    "refine",
-    "survey",
-    "table_edges",
-    "tomita",
-]
+    "MACHINES", "UNASKED", "UNDEFINED", "AmbiguousFSM", "Automaton", "Beliefs", "FSMConfig", "FiniteStateMachine",
+    "FirstTransition", "HiddenMarkovModel", "Machine", "Optimum", "Process", "Sample", "Survey", "TokFSM", "Transducer",
+    "beliefs", "controls", "make_machine", "modular_counter", "optimum", "permutation_group", "predict", "predictive_automaton",
+    "refine", "survey", "table_edges", "tomita",
+]  # fmt: skip
 
 
 def make_machine(name: str) -> Machine:
     """Build one of `MACHINES` by its name. Raises ValueError for another name, naming those there are."""
     if name not in MACHINES:
-        near = difflib.get_close_matches(str(name), MACHINES, n=1)
-        raise ValueError(
-            f"make_machine: {name!r} is no machine; accepted are {', '.join(MACHINES)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        near = "".join(f"; did you mean {other!r}?" for other in difflib.get_close_matches(str(name), MACHINES, n=1))
+        raise ValueError(f"make_machine: {name!r} is no machine; accepted are {', '.join(MACHINES)}{near}")
     return MACHINES[name]()

@@ -5,7 +5,6 @@ codes give one by vote over runs (`vote`). `minimise` brings an automaton to its
 whether two do the same on every string, or finds a shortest string on which they part.
 """
 
-from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -42,15 +41,14 @@ class Intervention(NamedTuple):
 def _check(automaton: Automaton | Transducer, name: str = "automaton") -> Automaton:
     """The automaton as such, or a ValueError that says what does not fit."""
     if not isinstance(automaton, Automaton | Transducer):
-        raise ValueError(
-            f"{name} is a {type(automaton).__name__}; accepted is an Automaton, a Transducer or a `predictive_automaton`"
-        )
+        kind = type(automaton).__name__
+        raise ValueError(f"{name} is a {kind}; accepted is an Automaton, a Transducer or a `predictive_automaton`")
     start, transition, output = int(automaton.start), automaton.transition, automaton.output
     states = len(transition)
     whole = not (transition.is_floating_point() or output.is_floating_point())
     fits = whole and transition.ndim == 2 and output.shape == (states,)
     check(name, fits, "integer [S, V] and [S]", transition=Shape(transition.shape), output=Shape(output.shape))
-    low, high = transition.min().item() if transition.numel() else 0, transition.max().item() if transition.numel() else 0
+    low, high = (transition.min().item(), transition.max().item()) if transition.numel() else (0, 0)
     fits = 0 <= start < states and UNDEFINED <= low <= high < states
     check(name, fits, f"0 to {states - 1}, and UNDEFINED for no next state", start=start, lowest=low, highest=high)
     return Automaton(start, transition, output)
@@ -95,10 +93,8 @@ def minimise(automaton: Automaton | Transducer) -> Automaton:
 def _check_asked(start: int, transition: Tensor, output: Tensor, name: str) -> None:
     unasked = output == UNASKED
     if (unasked.sum() > 1) or (unasked.any() and (not unasked[start] or (transition == start).any())):
-        raise ValueError(
-            f"{name}: {int(unasked.sum())} of the states that strings reach are UNASKED; the start alone may "
-            f"be, if no string leads back to it"
-        )
+        found = f"{name}: {int(unasked.sum())} of the states that strings reach are UNASKED"
+        raise ValueError(f"{found}; the start alone may be, if no string leads back to it")
 
 
 def unasked_start(automaton: Automaton | Transducer) -> Automaton:
@@ -121,34 +117,19 @@ def compare(learned: Automaton | Transducer, true: Automaton | Transducer) -> Ve
     check("compare", alphabets[0] == alphabets[1], "one alphabet", learned=alphabets[0], true=alphabets[1])
     for name, automaton in (("learned", learned), ("true", true)):
         _check_asked(*reachable(automaton), name)
-    smallest = minimise(learned)
+    states, begin = len(minimise(learned).output), (learned.start, true.start)
     rows, outputs = (learned.transition.tolist(), true.transition.tolist()), (learned.output.tolist(), true.output.tolist())
-    begin = (learned.start, true.start)
-    came: dict[tuple[int, int], tuple[tuple[int, int], int] | None] = {begin: None}  # pair → the pair before, the token
-    queue = deque([begin])
-
-    def string(pair: tuple[int, int]) -> list[int]:
-        tokens: list[int] = []
-        while (step := came[pair]) is not None:
-            pair, token = step
-            tokens.append(token)
-        return tokens[::-1]
-
-    def differ(pair: tuple[int, int]) -> bool:
-        if pair[0] == UNDEFINED:
-            return True
-        learned, wanted = (output[state] for output, state in zip(outputs, pair, strict=True))
-        return learned != wanted and UNASKED not in (learned, wanted)
-
-    while queue:
-        pair = queue.popleft()
-        if differ(pair):
-            return Verdict(False, len(smallest.output), string(pair))
-        for token, (code, state) in enumerate(zip(rows[0][pair[0]], rows[1][pair[1]], strict=True)):
-            if state != UNDEFINED and (code, state) not in came:
-                came[code, state] = (pair, token)
-                queue.append((code, state))
-    return Verdict(True, len(smallest.output), None)
+    strings: dict[tuple[int, int], list[int]] = {begin: []}  # a shortest string to each pair of states
+    queue = [begin]
+    for code, state in queue:  # grows under the loop
+        output, wanted = outputs[0][code], outputs[1][state]
+        if code == UNDEFINED or (output != wanted and UNASKED not in (output, wanted)):
+            return Verdict(False, states, strings[code, state])
+        for token, pair in enumerate(zip(rows[0][code], rows[1][state], strict=True)):
+            if pair[1] != UNDEFINED and pair not in strings:
+                strings[pair] = [*strings[code, state], token]
+                queue.append(pair)
+    return Verdict(True, states, None)
 
 
 def run(automaton: Automaton | Transducer, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,9 +165,8 @@ def vote(codes: Tensor, tokens: Tensor, outputs: Tensor, num_codes: int, vocab_s
     Raises ValueError if the shapes differ or a number lies out of range.
     """
     shapes = {name: Shape(given.shape) for name, given in (("codes", codes), ("tokens", tokens), ("outputs", outputs))}
-    check(
-        "vote", codes.shape == tokens.shape == outputs.shape and codes.ndim == 2 and codes.numel(), "one shape [B, T]", **shapes
-    )
+    fits = codes.shape == tokens.shape == outputs.shape and codes.ndim == 2 and codes.numel()
+    check("vote", fits, "one shape [B, T]", **shapes)
     _check_range("vote", "codes", codes, num_codes)
     _check_range("vote", "tokens", tokens, vocab_size)
     _check_range("vote", "outputs", outputs, None)
@@ -197,11 +177,8 @@ def vote(codes: Tensor, tokens: Tensor, outputs: Tensor, num_codes: int, vocab_s
     (votes, transition), (output_votes, output) = steps.max(2), emitted.max(1)
     seen = steps.sum(2)
     observed = torch.cat([emitted.sum(1) > 0, torch.tensor([True])])
-    automaton = Automaton(
-        num_codes,
-        transition.masked_fill(seen == 0, UNDEFINED),
-        torch.cat([output.masked_fill(~observed[:-1], UNASKED), torch.tensor([UNASKED])]),
-    )
+    output = torch.cat([output.masked_fill(~observed[:-1], UNASKED), torch.tensor([UNASKED])])
+    automaton = Automaton(num_codes, transition.masked_fill(seen == 0, UNDEFINED), output)
     agreement, output_agreement = (votes.sum() / seen.sum()).item(), (output_votes.sum() / emitted.sum()).item()
     return Vote(automaton, agreement, output_agreement, observed[:, None] & (seen == 0))
 

@@ -94,11 +94,8 @@ class FiniteStateMachine(TableMachine):
 
     def __init__(self, config: FSMConfig):
         states, owned = config.num_states, config.tokens_per_state
-        if config.vocab_size < states * owned:
-            raise ValueError(
-                f"FiniteStateMachine: vocab_size = {config.vocab_size}; {states * owned} or more is accepted, "
-                f"{owned} tokens for each of {states} states (AmbiguousFSM shares tokens)"
-            )
+        accepted = f"{states * owned} or more, {owned} tokens for each of {states} states (AmbiguousFSM shares tokens)"
+        check(self, config.vocab_size >= states * owned, accepted, vocab_size=config.vocab_size)
         table = random.Random(config.seed)
         transition = torch.full((states, config.vocab_size), UNDEFINED)
         for state in range(states):
@@ -119,11 +116,8 @@ class AmbiguousFSM(TableMachine):
 
     def __init__(self, config: FSMConfig):
         states, owned, vocabulary = config.num_states, config.tokens_per_state, config.vocab_size
-        if vocabulary >= states * owned or math.comb(vocabulary, owned) < states:
-            raise ValueError(
-                f"AmbiguousFSM: vocab_size = {vocabulary}; below {states * owned} is accepted, so that tokens "
-                f"are shared, with a set of {owned} for each of {states} states"
-            )
+        accepted = f"below {states * owned}, so that tokens are shared, with a set of {owned} for each of {states} states"
+        check(self, vocabulary < states * owned and math.comb(vocabulary, owned) >= states, accepted, vocab_size=vocabulary)
         table = random.Random(config.seed)
         sets: dict[frozenset[int], list[int]] = {}
         while len(sets) < states:
@@ -162,10 +156,8 @@ class TokFSM(HiddenMarkovModel):
 
     def __init__(self, *, num_nodes: int = 100, num_edges: int = 10, base: int = 10, seed: int = 42):
         check_sizes("TokFSM", num_nodes=num_nodes, num_edges=num_edges)
-        if base < 2:
-            raise ValueError(f"TokFSM: base = {base}; 2 or more is accepted")
-        if num_edges > num_nodes:
-            raise ValueError(f"TokFSM: num_edges = {num_edges} of {num_nodes} nodes; at most {num_nodes} are accepted")
+        check("TokFSM", base >= 2, "2 or more", base=base)
+        check("TokFSM", num_edges <= num_nodes, f"at most {num_nodes}, the nodes", num_edges=num_edges)
         self.num_nodes, self.num_edges, self.base = num_nodes, num_edges, base
         self.digits = 1
         while base**self.digits < num_nodes:
@@ -179,20 +171,15 @@ class TokFSM(HiddenMarkovModel):
         first = torch.arange(num_nodes) * self.digits  # the hidden state of a node's first digit
         before, after = self.edges.nonzero(as_tuple=True)
         within = torch.arange(num_nodes * self.digits).view(num_nodes, self.digits)[:, :-1].flatten()
-        start = torch.zeros(num_nodes * self.digits + 1)
-        start[-1] = 1
+        start = torch.eye(num_nodes * self.digits + 1)[-1]
+        shares = torch.tensor([1 / num_nodes, 1, 1 / num_edges], dtype=torch.float64)
         super().__init__(
             "tokfsm",
             start,
             source=torch.cat([torch.full_like(first, len(start) - 1), within, first[before] + self.digits - 1]),
             token=torch.cat([torch.full_like(first, base), self.spelling[:, :-1].flatten(), self.spelling[before, -1]]),
             target=torch.cat([first, within + 1, first[after]]),
-            probability=torch.cat(
-                [
-                    torch.full((size,), 1 / share, dtype=torch.float64)
-                    for size, share in ((num_nodes, num_nodes), (len(within), 1), (len(before), num_edges))
-                ]
-            ),
+            probability=shares.repeat_interleave(torch.tensor([num_nodes, len(within), len(before)])),
             vocab_size=base + 1,
         )
 
@@ -219,13 +206,11 @@ class TokFSM(HiddenMarkovModel):
         nodes, digits = self.num_nodes, self.digits
         shown = self.base ** (digits - 1)
         ahead = torch.arange(shown)[:, None] // self.base ** torch.arange(digits - 1).flip(0) % self.base
-        prompts = torch.cat(
-            [torch.full((nodes * shown, 1), self.base), self.spelling.repeat_interleave(shown, 0), ahead.repeat(nodes, 1)], 1
-        )
+        read, begin = self.spelling.repeat_interleave(shown, 0), torch.full((nodes * shown, 1), self.base)
+        prompts = torch.cat([begin, read, ahead.repeat(nodes, 1)], 1)
         logs = log_probabilities(prompts)[:, digits:].double().view(nodes, shown, digits, -1)  # of each digit ahead
         read = logs[:, :, :-1].gather(3, ahead.expand(nodes, -1, -1)[..., None]).sum((2, 3))  # (N, shown)
         joint = (read[..., None] + logs[:, :, -1, : self.base]).flatten(1)[:, :nodes].exp()  # (N, N)
         likeliest = joint.topk(self.num_edges, dim=1).indices
-        return FirstTransition(
-            self.edges.gather(1, likeliest).double().mean().item(), (joint * self.edges).sum(1).mean().item(), joint
-        )
+        accuracy = self.edges.gather(1, likeliest).double().mean().item()
+        return FirstTransition(accuracy, (joint * self.edges).sum(1).mean().item(), joint)

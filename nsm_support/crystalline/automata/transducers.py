@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from nsm_support.checks import check_sizes
+from nsm_support.checks import check, check_choice, check_sizes
 from nsm_support.crystalline.automata.machines import Machine, Process, Sample
 from nsm_support.tasks import WordProblem
 
@@ -119,8 +119,7 @@ def tomita(number: int) -> Transducer:
     6: the numbers of 0s and 1s differ by a multiple of 3. 7: 0*1*0*1*. The empty string belongs to all. Raises ValueError for
     another number.
     """
-    if number not in TOMITA:
-        raise ValueError(f"tomita: number = {number!r}; {min(TOMITA)} to {max(TOMITA)} are accepted")
+    check_choice("tomita", TOMITA, number=number)
     transition, accepting = TOMITA[number]
     output = torch.zeros(len(transition), dtype=torch.int64)
     output[list(accepting)] = 1
@@ -131,8 +130,7 @@ def modular_counter(modulus: int) -> Transducer:
     """Strings over 0 and 1 whose number of 1s is a multiple of the modulus; the output is 1 if the string so far is.
     Raises ValueError for a modulus below 2.
     """
-    if modulus < 2:
-        raise ValueError(f"modular_counter: modulus = {modulus}; 2 or more is accepted")
+    check("modular_counter", modulus >= 2, "2 or more", modulus=modulus)
     state = torch.arange(modulus)
     return Transducer(f"mod{modulus}", 0, torch.stack([state, (state + 1) % modulus], 1), (state == 0).long())
 

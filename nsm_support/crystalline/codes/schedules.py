@@ -3,15 +3,16 @@
 import math
 from typing import Literal, get_args
 
+from nsm_support.checks import check, check_choice
+
 Schedule = Literal["linear", "cosine", "exponential", "learned", "none"]
 
 
 def check_schedule(schedule: str, start: float, end: float) -> None:
     """Raises ValueError for no schedule, and for an exponential or learned one that begins or ends at 0."""
-    if schedule not in get_args(Schedule):
-        raise ValueError(f"schedule = {schedule!r}; accepted are {', '.join(get_args(Schedule))}")
-    if schedule in ("exponential", "learned") and not (start > 0 and end > 0):
-        raise ValueError(f"schedule = {schedule!r} from {start!r} to {end!r}; temperatures above 0 are accepted")
+    check_choice("temperature", get_args(Schedule), schedule=schedule)
+    fits = schedule not in ("exponential", "learned") or (start > 0 and end > 0)
+    check("temperature", fits, "temperatures above 0", schedule=schedule, start=start, end=end)
 
 
 def temperature_at(progress: float, schedule: Schedule, start: float, end: float) -> float:
@@ -21,8 +22,7 @@ def temperature_at(progress: float, schedule: Schedule, start: float, end: float
     Raises ValueError for a share outside 0 … 1, for "learned", which no clock sets, and as `check_schedule`.
     """
     check_schedule(schedule, start, end)
-    if not 0 <= progress <= 1:
-        raise ValueError(f"progress = {progress!r}; 0 to 1 is accepted, the share of the training that is done")
+    check("temperature", 0 <= progress <= 1, "0 to 1, the share of the training that is done", progress=progress)
     if schedule == "linear":
         return start + progress * (end - start)
     if schedule == "cosine":
