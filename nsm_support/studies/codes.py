@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from nsm_support.crystalline.automata import FiniteStateMachine, FSMConfig, HiddenMarkovModel, Machine, make_machine
-from nsm_support.crystalline.codes.alignment import by_bottleneck, contingency, held_out_alignment
+from nsm_support.crystalline.codes.alignment import Measure, by_bottleneck, contingency, held_out_alignment
 from nsm_support.crystalline.codes.bottleneck import commitment_loss, compression_loss
 from nsm_support.crystalline.codes.transformer import CrystallineConfig, CrystallineTransformer, Info
 from nsm_support.studies.protocol import FittedRun, Scores
@@ -66,7 +66,7 @@ class CodesRun(FittedRun[CrystallineTransformer, Strings]):
     compress: float = 0.01  #: weight of the compression loss, mean over bottlenecks
     commit: float = 0.25  #: weight of the commitment loss, mean over bottlenecks
     held_out: int = 200  #: strings of each of the two held-out splits
-    choose_by: Literal["purity", "homogeneity", "completeness", "ami"] = "ami"  #: what the best bottleneck is best in
+    choose_by: Measure = "ami"  #: what the best bottleneck is best in
     readings: Callable[[CrystallineTransformer, list[Info]], Mapping[str, float]] | None = None  #: more of a record
 
     def build(self) -> CrystallineTransformer:

@@ -16,18 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from nsm_support.blockffn import hybrid
 from nsm_support.blockffn.checkpoint import load_checkpoint, load_tokenizer
 from nsm_support.blockffn.gates import Gate
-from nsm_support.blockffn.hybrid import (
-    GatedHybridLayer,
-    MambaSidecar,
-    attach,
-    detach,
-    distil,
-    distillation_errors,
-    recorded_alpha,
-    tune,
-)
+from nsm_support.blockffn.hybrid import GatedHybridLayer, MambaSidecar, attach, detach, recorded_alpha
 from nsm_support.blockffn.model import BlockFFNModel
 from nsm_support.corpus import load_corpus
 from nsm_support.data import window_sampler
@@ -108,14 +100,6 @@ def make_sidecars(model: BlockFFNModel, seed: int, mamba: Mapping[str, int]) -> 
         torch.manual_seed(seed)
         sidecars = {i: MambaSidecar(model.config.token_dim, **mamba) for i in range(len(model.layers))}
     return {i: sidecar.to(model.lm_head.weight.device) for i, sidecar in sidecars.items()}
-
-
-def zeroed(sidecars: Sidecars) -> Sidecars:
-    """Copies that always give zero: with them α takes attention away and puts nothing in its place."""
-    copies = copy.deepcopy(sidecars)
-    for sidecar in copies.values():
-        nn.init.zeros_(sidecar.block.out_proj.weight)
-    return copies
 
 
 def save_sidecars(path: str | Path, trained: Mapping[tuple[int, int], Sidecars], mamba: Mapping[str, int]) -> None:
@@ -209,16 +193,13 @@ class SidecarRun(HybridRun[nn.ModuleDict]):
         sidecars = make_sidecars(self.base_model(), self.own_seed, self.mamba)
         return nn.ModuleDict({str(i): sidecar for i, sidecar in sidecars.items()})
 
-    def _plan(self, steps: int, learning_rate: float, interval: int) -> TrainingConfig:
-        return TrainingConfig(
-            steps=steps, batch_size=self.batch_size, learning_rate=learning_rate, seed=self.own_seed, evaluation_interval=interval
-        )
-
     def train(self, model: nn.ModuleDict) -> Scores:
         base, text = self.base_model(), load_windows(self.setup)
         sidecars, sample = sidecars_in(model), window_sampler(text.stream, self.setup.window)
-        plan = self._plan(self.distil_steps, self.learning_rate, max(1, self.distil_steps // 8))
-        history = distil(base, sidecars, sample, plan, held_out=evenly(text.validation, ROWS)[:, 0, :-1])
+        shared: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.own_seed}
+        interval = max(1, self.distil_steps // 8)
+        plan = TrainingConfig(steps=self.distil_steps, learning_rate=self.learning_rate, evaluation_interval=interval, **shared)
+        history = hybrid.distil(base, sidecars, sample, plan, held_out=evenly(text.validation, ROWS)[:, 0, :-1])
         distilled = self._errors(model, "distilled")
         gates = {i: Gate("fixed") for i in sidecars}
         attach_all(base, sidecars, gates.__getitem__)
@@ -229,7 +210,7 @@ class SidecarRun(HybridRun[nn.ModuleDict]):
                 gate.alpha = alpha
             return batch
 
-        tune(base, sample_and_mix, self._plan(self.tune_steps, self.learning_rate / 3, 100))
+        hybrid.tune(base, sample_and_mix, TrainingConfig(steps=self.tune_steps, learning_rate=self.learning_rate / 3, **shared))
         detach(base)
         return Scores(distilled, history=history.records)
 
@@ -239,7 +220,7 @@ class SidecarRun(HybridRun[nn.ModuleDict]):
     def _errors(self, model: nn.ModuleDict, kind: str) -> list[Row]:
         tokens = evenly(load_windows(self.setup).test, ROWS)[:, 0, :-1]
         with evaluating(model):
-            errors = distillation_errors(self.base_model(), sidecars_in(model), tokens)
+            errors = hybrid.distillation_errors(self.base_model(), sidecars_in(model), tokens)
         return [{"sidecar": kind, "layer": layer, "error": error.item()} for layer, error in errors.items()]
 
 
@@ -262,7 +243,7 @@ class AttachedRun(HybridRun[BlockFFNModel]):
 
 
 class Mixture(NamedTuple):
-    """A fixed α by layer, and the sidecars: "trained", "untrained" or "silent" (`zeroed`)."""
+    """A fixed α by layer, and the sidecars: "trained", "untrained", or "silent": α takes attention away and gives nothing."""
 
     alpha: tuple[float, ...]
     sidecars: str = "trained"
@@ -287,7 +268,9 @@ class SweepRun(AttachedRun):
         if not trained:
             return Scores(tensors={"baseline": score_windows(model, test).nats})
         sidecars, untrained = self.load_sidecars(), make_sidecars(model, self.own_seed, self.mamba)
-        kinds = {"trained": sidecars, "silent": zeroed(sidecars), "untrained": untrained}
+        kinds = {"trained": sidecars, "untrained": untrained, "silent": copy.deepcopy(sidecars)}
+        for silent in kinds["silent"].values():
+            nn.init.zeros_(silent.block.out_proj.weight)
         nats: dict[Any, Tensor] = {}
         for mixture in self.mixtures:
             with mixed(model, kinds[mixture.sidecars], mixture.alpha):

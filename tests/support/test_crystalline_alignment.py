@@ -239,7 +239,7 @@ def test_a_random_codebook_takes_the_most_similar_directions():
     codebook = torch.randn(10, 6, generator=torch.Generator().manual_seed(2))
     similarity = torch.cosine_similarity(inputs[:, :, None], codebook, dim=-1)  # (3, 50, 10)
     assert (similarity.where(hard == 1, 2).amin(-1) >= similarity.where(hard == 0, -2).amax(-1)).all()
-    with pytest.raises(ValueError, match=r"num_codes_k = 11; 1 to codebook_size \(10\)"):
+    with pytest.raises(ValueError, match=r"num_codes_k = 11; accepted is 1 to codebook_size \(10\)"):
         random_codebook_codes(inputs, 10, 11, torch.Generator())
 
 
@@ -250,7 +250,7 @@ def test_the_figure_shows_each_active_codes_shares():
     assert axis.get_title() == "Here\n4 of 5 codes active, purity 0.500"
     assert [int(label.get_text()) for label in axis.get_yticklabels()] == [4, 1, 0, 3]  # by state, then by use
     np.testing.assert_allclose(axis.images[0].get_array(), [[0.8, 0.2, 0], [1, 0, 0], [0, 0.75, 0.25], [0, 0.25, 0.75]])
-    with pytest.raises(ValueError, match=r"a matrix \(5, 3\) of sum 27; counts of shape \(5, 4\)"):
+    with pytest.raises(ValueError, match=r"shape = \(5, 3\), sum = 27.0; accepted is counts \[5, 4\]"):
         plot_code_state_alignment(counts, 4, 5)
 
 

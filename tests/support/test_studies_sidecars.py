@@ -139,7 +139,7 @@ def test_every_layer_has_an_alpha_of_its_own_while_it_is_tuned(setup, monkeypatc
             sample_batch(generator, 1)
             drawn.append([layer.gate.alpha for layer in model.layers])
 
-    monkeypatch.setattr(sidecars, "tune", watch)
+    monkeypatch.setattr(sidecars.hybrid, "tune", watch)
     measure(SidecarRun(setup=setup, base=0, seed=3, mamba=MAMBA, distil_steps=1, tune_steps=1))
     drawn = np.array(drawn)
     assert np.abs(drawn.mean(0) - 0.5).max() < 0.07 and np.abs(drawn.std(0) - 12**-0.5).max() < 0.04

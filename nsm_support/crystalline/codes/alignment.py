@@ -19,7 +19,10 @@ from nsm_support.checks import Shape, check, refuse
 from nsm_support.metrics import majority_share
 from nsm_support.statistics import permutation_null
 
+Infos = Sequence[Mapping[str, Mapping[str, Tensor]]]
+"""What a crystalline model returns: for each block a mapping of "attn" and "mlp" to what its bottleneck did."""
 NO_STATE = -1  #: the label of a code that was never active where the labels were chosen
+Measure = Literal["purity", "homogeneity", "completeness", "ami"]
 
 
 class Alignment(NamedTuple):
@@ -103,9 +106,8 @@ def purity(counts: Tensor, labels: Tensor | None = None) -> float:
     """Σ_k N_k,label(k) / Σ_ks N_ks: the share of uses [K,S] that fall into the state which the code stands for.
 
     A mean over the active codes, weighted by use. Without `labels` [K] a code stands for its commonest state here; with
-    labels from elsewhere the purity is held out, and a code that had no use there counts as wrong.
-
-    Raises ValueError if no code was ever active.
+    labels from elsewhere the purity is held out, and a code that had no use there counts as wrong. Raises ValueError if no
+    code was ever active.
     """
     uses = counts.sum().item()
     if not uses:
@@ -128,8 +130,8 @@ def seed_purity(counts: Tensor) -> float:
 def compute_state_code_alignment(hard_codes: Tensor, states: Tensor, num_states: int) -> dict[str, Any]:
     """A short summary: `purity` (as `seed_purity`), `active_codes`, and what they were made of.
 
-    Beside these `code_state_counts` [K,S], `dominant_states` [K] (here NO_STATE for a dead code), `weighted_purity` and
-    `majority_share`, with which a purity has to be compared. `align` measures more.
+    Beside these `code_state_counts` [K,S], `dominant_states` [K] (NO_STATE for a dead code), `weighted_purity`, and the
+    `majority_share` that a purity has to be compared with. `align` measures more.
     """
     counts = contingency(hard_codes, states, num_states)
     return {
@@ -176,11 +178,7 @@ def align(
         accepted = f"{codes.shape[-1]} integers from {NO_STATE} to {num_states - 1}"
         check("alignment", fits, accepted, labels=labels.tolist()[:8], dtype=labels.dtype)
     null = permutation_null(
-        lambda codes, states: purity(_count(codes, states, num_states), labels),
-        codes,
-        states,
-        permutations=permutations,
-        seed=seed,
+        lambda own, other: purity(_count(own, other, num_states), labels), codes, states, permutations=permutations, seed=seed
     )
     labels = code_labels(counts) if labels is None else labels.to(counts.device)
     sets, truth = code_sets(hard_codes), states.flatten().cpu().numpy()
@@ -210,26 +208,15 @@ def align(
     )
 
 
-def by_bottleneck(infos: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, Mapping[str, Tensor]]:
+def by_bottleneck(infos: Infos) -> dict[str, Mapping[str, Tensor]]:
     """What a crystalline model returns of its blocks, under the names of its bottlenecks: "block 0, attn", …"""
     return {f"block {i}, {part}": info for i, block in enumerate(infos) for part, info in block.items()}
 
 
 def align_all(
-    infos: Sequence[Mapping[str, Mapping[str, Tensor]]],
-    states: Tensor,
-    num_states: int,
-    *,
-    labels: Mapping[str, Tensor] | None = None,
-    **options: Any,
+    infos: Infos, states: Tensor, num_states: int, *, labels: Mapping[str, Tensor] | None = None, **options: Any
 ) -> dict[str, Alignment]:
-    """`align` for every bottleneck, under names such as "block 0, attn".
-
-    Args:
-        infos: what a crystalline model returns: for each block a mapping of "attn" and "mlp" to what its bottleneck did.
-        labels: for each name the codes' labels, chosen on another split.
-        options: of `align`.
-    """
+    """`align`, with its options, for every bottleneck by its name; `labels` by name were chosen on another split."""
     return {
         name: align(info["hard_codes"], states, num_states, labels=labels[name] if labels else None, **options)
         for name, info in by_bottleneck(infos).items()
@@ -237,23 +224,17 @@ def align_all(
 
 
 def held_out_alignment(
-    choose_on: tuple[Sequence, Tensor],
-    report_on: tuple[Sequence, Tensor],
+    choose_on: tuple[Infos, Tensor],
+    report_on: tuple[Infos, Tensor],
     num_states: int,
     *,
-    measure: Literal["purity", "homogeneity", "completeness", "ami"] = "purity",
+    measure: Measure = "purity",
     **options: Any,
 ) -> HeldOut:
-    """Choose bottleneck and code labels on one split, report them on another.
+    """Choose code labels, and the bottleneck that is best in a measure, on one split (infos, states); report on another.
 
     The best of several bottlenecks, and the commonest state of each code, flatter on the data that they were chosen on.
-
-    Args:
-        choose_on, report_on: (infos, states) of two splits, as `align_all` takes them.
-        measure: the bottleneck that is best in this is chosen.
-        options: of `align`.
-
-    Raises ValueError as `align`, or if both splits are the same data.
+    Options are those of `align`. Raises ValueError as `align`, or if both splits are the same data.
     """
     chosen = align_all(*choose_on, num_states, **options)
     name = max(chosen, key=lambda name: getattr(chosen[name], measure))
@@ -271,11 +252,10 @@ def random_codebook_codes(inputs: Tensor, codebook_size: int, num_codes_k: int, 
     """Hard codes [B,T,K] of a bottleneck's inputs [B,T,D] by a random codebook: the k most similar of K random directions.
 
     What is pure here is so because the network's activations already lie in clusters, whatever the codes were trained to.
-
     Raises ValueError unless 1 ≤ num_codes_k ≤ codebook_size.
     """
-    if not 1 <= num_codes_k <= codebook_size:
-        raise ValueError(f"random_codebook_codes: num_codes_k = {num_codes_k}; 1 to codebook_size ({codebook_size}) is accepted")
+    accepted = f"1 to codebook_size ({codebook_size})"
+    check("random_codebook_codes", 1 <= num_codes_k <= codebook_size, accepted, num_codes_k=num_codes_k)
     codebook = F.normalize(torch.randn(codebook_size, inputs.shape[-1], generator=generator), dim=1).to(inputs)
     chosen = (inputs @ codebook.T).topk(num_codes_k, -1).indices
     return inputs.new_zeros(*inputs.shape[:-1], codebook_size).scatter_(-1, chosen, 1)
@@ -283,7 +263,6 @@ def random_codebook_codes(inputs: Tensor, codebook_size: int, num_codes_k: int, 
 
 def token_codes(tokens: Tensor, codebook_size: int) -> Tensor:
     """Hard codes [B,T,K] of tokens [B,T], one code a token: as pure as the token alone makes it, without any state.
-
     Raises ValueError if there are more tokens than codes: then no such labelling exists.
     """
     if tokens.max() >= codebook_size:
@@ -313,10 +292,8 @@ def plot_code_state_alignment(
 
     counts = np.asarray(matrix, dtype=np.float64)
     if counts.shape != (codebook_size, n_states) or not counts.any() or (counts < 0).any():
-        raise ValueError(
-            f"plot_code_state_alignment: a matrix {counts.shape} of sum {counts.sum():g}; counts of shape "
-            f"{(codebook_size, n_states)}, not all zero, are accepted"
-        )
+        accepted = f"counts [{codebook_size}, {n_states}], not all zero"
+        raise refuse("plot_code_state_alignment", accepted, shape=counts.shape, sum=counts.sum().item())
     uses = counts.sum(1)
     order = np.lexsort((-uses, counts.argmax(1)))  # by commonest state, then by use
     order = order[uses[order] > 0]
