@@ -4,7 +4,7 @@ Letters: B batch, T tokens, D token width. α is Mamba's share: out = (1−α)·
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +48,11 @@ class MambaSidecar(nn.Module):
         return self.block.step(self.norm(x), stream)
 
 
+Sidecars = Mapping[int, MambaSidecar]  #: by layer number
+Sampler = Callable[[Generator, int], tuple[Tensor, Tensor]]  #: a generator and a batch size → inputs and targets [B,T]
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
 class GatedHybridLayer(nn.Module):
     """A layer whose tokens are mixed by its attention, by a sidecar, or by both.
 
@@ -89,7 +94,6 @@ class GatedHybridLayer(nn.Module):
             return scanned
         if alpha.dtype == torch.bool:
             return put_attention(self.layer.self_attn, h, scanned, ~alpha)
-        # (1−α)·Attn(h) + α·Mamba(h)
         return torch.lerp(self.layer.self_attn(h), scanned, alpha[..., None])
 
     def _sparsity(self, x: Tensor, previous: Routed | None) -> Tensor:
@@ -116,9 +120,7 @@ def put_attention(attention: nn.Module, h: Tensor, scanned: Tensor, chosen: Tens
     return scanned.index_put(chosen.nonzero(as_tuple=True), attended[real])  # both in order of (row, place)
 
 
-def attach(
-    model: BlockFFNModel, sidecars: Mapping[int, MambaSidecar], gate: Callable[[int], Gate], *, source: str = "previous"
-) -> None:
+def attach(model: BlockFFNModel, sidecars: Sidecars, gate: Callable[[int], Gate], *, source: str = "previous") -> None:
     """Put a `GatedHybridLayer` in the place of each layer that has a sidecar; `gate(layer number)` makes its gate.
     Raises ValueError for a layer that the model does not have, or that has a sidecar already.
     """
@@ -132,9 +134,14 @@ def attach(
         model.layers[index] = hybrid.to(model.lm_head.weight.device).train(model.training)
 
 
+def hybrid_layers(model: BlockFFNModel) -> dict[int, GatedHybridLayer]:
+    """The layers that have sidecars, by layer number."""
+    return {index: layer for index, layer in enumerate(model.layers) if isinstance(layer, GatedHybridLayer)}
+
+
 def detach(model: BlockFFNModel) -> dict[int, MambaSidecar]:
     """Put the layers back as they were before `attach`, and return the sidecars by layer number."""
-    hybrids = {index: layer for index, layer in enumerate(model.layers) if isinstance(layer, GatedHybridLayer)}
+    hybrids = hybrid_layers(model)
     for index, hybrid in hybrids.items():
         model.layers[index] = hybrid.layer
     return {index: hybrid.sidecar for index, hybrid in hybrids.items()}
@@ -143,17 +150,13 @@ def detach(model: BlockFFNModel) -> dict[int, MambaSidecar]:
 @contextmanager
 def recorded_alpha(model: BlockFFNModel) -> Iterator[dict[int, list[Tensor]]]:
     """Inside, each pass appends the α [B,T] of each hybrid layer to the list under its number."""
-    hybrids = {index: layer for index, layer in enumerate(model.layers) if isinstance(layer, GatedHybridLayer)}
-    record: dict[int, list[Tensor]] = {index: [] for index in hybrids}
-    hooks = [
-        hybrid.gate.register_forward_hook(lambda gate, arguments, alpha, kept=record[index]: kept.append(alpha.detach()))
-        for index, hybrid in hybrids.items()
-    ]
-    try:
+    record: dict[int, list[Tensor]] = {}
+    with ExitStack() as hooks:
+        for index, hybrid in hybrid_layers(model).items():
+            kept = record[index] = []
+            hook = hybrid.gate.register_forward_hook(lambda gate, arguments, alpha, kept=kept: kept.append(alpha.detach()))
+            hooks.enter_context(hook)
         yield record
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def calibrate(model: BlockFFNModel, tokens: Tensor) -> dict[int, float]:
@@ -161,7 +164,7 @@ def calibrate(model: BlockFFNModel, tokens: Tensor) -> dict[int, float]:
 
     A layer is calibrated on what the layers before it, already calibrated, make of the tokens.
     """
-    gates = [layer.gate for layer in model.layers if isinstance(layer, GatedHybridLayer)]
+    gates = [layer.gate for layer in hybrid_layers(model).values()]
     for gate in gates:
         gate.calibrating = True
     try:
@@ -173,43 +176,27 @@ def calibrate(model: BlockFFNModel, tokens: Tensor) -> dict[int, float]:
     return {index: alphas[0].double().mean().item() for index, alphas in record.items()}
 
 
-def distillation_errors(model: BlockFFNModel, sidecars: Mapping[int, MambaSidecar], tokens: Tensor) -> dict[int, Tensor]:
-    """How far each sidecar is from the attention of its layer, on the layer's own input: mean of ‖Mamba(h) − Attn(h)‖²
-    over mean of ‖Attn(h)‖² (1 is what an output of zero scores). No gradient reaches the model.
-
-    Args:
-        sidecars: by layer number. tokens: [B,T].
-
+def distillation_errors(model: BlockFFNModel, sidecars: Sidecars, tokens: Tensor) -> dict[int, Tensor]:
+    """How far each sidecar is from the attention of its layer, on the layer's own input of tokens [B,T]: mean of
+    ‖Mamba(h) − Attn(h)‖² over mean of ‖Attn(h)‖² (1 is what an output of zero scores). No gradient reaches the model.
     Raises ValueError if a sidecar is attached: then the layers' own inputs are not to be had.
     """
-    if any(isinstance(layer, GatedHybridLayer) for layer in model.layers):
+    if hybrid_layers(model):
         raise ValueError("sidecars are attached; detach them before they are distilled")
     seen: dict[int, tuple[Tensor, Tensor]] = {}
-    hooks = [
-        model.get_submodule(f"model.layers.{index}.self_attn").register_forward_hook(
-            lambda attention, arguments, output, index=index: seen.update({index: (arguments[0], output)})
-        )
-        for index in sidecars
-    ]
-    try:
-        with evaluating(model):
-            model(tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {
-        index: (sidecar(seen[index][0]) - seen[index][1]).square().mean() / seen[index][1].square().mean()
-        for index, sidecar in sidecars.items()
-    }
+    with ExitStack() as hooks, evaluating(model):
+        for index in sidecars:
+            attention = model.get_submodule(f"model.layers.{index}.self_attn")
+            hook = attention.register_forward_hook(
+                lambda _, arguments, output, index=index: seen.update({index: (arguments[0], output)})
+            )
+            hooks.enter_context(hook)
+        model(tokens)
+    return {i: (sidecar(seen[i][0]) - seen[i][1]).square().mean() / seen[i][1].square().mean() for i, sidecar in sidecars.items()}
 
 
 def distil(
-    model: BlockFFNModel,
-    sidecars: Mapping[int, MambaSidecar],
-    sample_batch: Callable[[Generator, int], tuple[Tensor, Tensor]],
-    config: TrainingConfig,
-    *,
-    held_out: Tensor | None = None,
+    model: BlockFFNModel, sidecars: Sidecars, sample_batch: Sampler, config: TrainingConfig, *, held_out: Tensor | None = None
 ) -> History:
     """Train sidecars in place to give what the attention of their layers gives, on the layers' own inputs.
 
@@ -227,20 +214,13 @@ def distil(
     return fit(students, sample_batch, loss, config, evaluate=evaluate)
 
 
-def tune(
-    model: BlockFFNModel,
-    sample_batch: Callable[[Generator, int], tuple[Tensor, Tensor]],
-    config: TrainingConfig,
-    *,
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
-) -> History:
+def tune(model: BlockFFNModel, sample_batch: Sampler, config: TrainingConfig, *, evaluate: Evaluate | None = None) -> History:
     """Train the attached sidecars and learned gates in place on the model's cross-entropy; all else stays as it is.
 
     Learned gates are calibrated on every batch, so that their α keeps its mean while they learn where to spend it;
     `calibrate` them afterwards.
     """
-    hybrids = [layer for layer in model.layers if isinstance(layer, GatedHybridLayer)]
-    trained = {p for hybrid in hybrids for part in (hybrid.sidecar, hybrid.gate) for p in part.parameters()}
+    trained = {p for hybrid in hybrid_layers(model).values() for part in (hybrid.sidecar, hybrid.gate) for p in part.parameters()}
     frozen = [p for p in model.parameters() if p not in trained and p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from nsm_support.blockffn import hybrid
 from nsm_support.blockffn.checkpoint import load_checkpoint, load_tokenizer
 from nsm_support.blockffn.gates import Gate
-from nsm_support.blockffn.hybrid import GatedHybridLayer, MambaSidecar, attach, detach, recorded_alpha
+from nsm_support.blockffn.hybrid import MambaSidecar, attach, detach, recorded_alpha
 from nsm_support.blockffn.model import BlockFFNModel
 from nsm_support.corpus import load_corpus
 from nsm_support.data import window_sampler
@@ -288,4 +288,4 @@ def model_pass(run: AttachedRun, alpha: float | None, tokens: Tensor) -> Callabl
 
 def gates_of(model: BlockFFNModel) -> list[Gate]:
     """The gates of the layers that have sidecars, in their order."""
-    return [layer.gate for layer in model.layers if isinstance(layer, GatedHybridLayer)]
+    return [layer.gate for layer in hybrid.hybrid_layers(model).values()]

@@ -6,7 +6,7 @@ sample, R resamples.
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -72,12 +72,10 @@ def hidden_from_later(model: BlockFFNModel, places: Tensor) -> Iterator[None]:
         return attention.o_proj(attended.transpose(1, 2).flatten(-2))
 
     attentions = [module for module in model.modules() if isinstance(module, CausalAttention)]
-    hooks = [attention.register_forward_hook(without) for attention in attentions]
-    try:
+    with ExitStack() as hooks:
+        for attention in attentions:
+            hooks.enter_context(attention.register_forward_hook(without))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def mask_importance(model: BlockFFNModel, windows: Tensor, places: Tensor, horizon: int, batch_size: int = 32) -> Tensor:

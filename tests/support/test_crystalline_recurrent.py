@@ -287,8 +287,11 @@ def test_revived_codes_come_into_use():
         (lambda m: m(strings(2, 2, 4, 9, seed=1)), "0 to 2, is accepted"),
         (lambda m: m(strings(2, 2, 4), torch.full((2, 2), 5)), "0 to 4, are accepted"),
         (lambda m: m(strings(2, 2, 4), torch.zeros(2, 3, dtype=torch.int64)), r"start \[2, 3\]"),
-        (lambda m: m.relaxed(strings(2, 2, 4), strings(2, 2, 4), "likelihood"), r"targets \[2, 2, 4\]; .*T \+ 1=5"),
-        (lambda m: m.relaxed(strings(2, 2, 4), strings(2, 2, 5), "hard"), "objective 'hard'; accepted are likelihood, marg"),
+        (lambda m: m.relaxed(strings(2, 2, 4), strings(2, 2, 4), "likelihood"), r"targets = \[2, 2, 4\]; .*T \+ 1=5"),
+        (
+            lambda m: m.relaxed(strings(2, 2, 4), strings(2, 2, 5), "hard"),
+            "objective = 'hard'; accepted is one of 'likelihood', 'marg",
+        ),
         (lambda m: RecurrentTraining(steps=0), "RecurrentTraining: steps = 0; accepted is a whole number"),
         (lambda m: RecurrentTraining(max_length=1), "max_length = 1, min_length = 2; accepted is at least min_length"),
         (lambda m: RecurrentTraining(pace=0.0), "pace = 0.0"),

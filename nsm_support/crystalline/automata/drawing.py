@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nsm_support.crystalline.automata import Automaton, Transducer
+from nsm_support.crystalline.automata import Automaton, Transducer, table_edges
 from nsm_support.crystalline.automata.extraction import compare, minimise
 from nsm_support.figures import STATIC
 
@@ -38,28 +38,19 @@ def automaton_svg(automaton: Automaton | Transducer) -> str:
     states = len(output)
     if states > MOST:
         raise ValueError(f"automaton_svg: {states} states; up to {MOST} are accepted, more could not be read")
-    acceptor = int(output.max()) <= 1
-    middle = SIZE / 2
+    acceptor, ring = int(output.max()) <= 1, RING if states > 1 else 0
     turn = [2 * math.pi * state / states - math.pi / 2 for state in range(states)]
-    ring = RING if states > 1 else 0
-    places = [(middle + ring * math.cos(angle), middle + ring * math.sin(angle)) for angle in turn]
+    places = [(SIZE / 2 + ring * math.cos(angle), SIZE / 2 + ring * math.sin(angle)) for angle in turn]
     ways: dict[tuple[int, int], list[int]] = {}
-    for state, row in enumerate(transition.tolist()):
-        for token, following in enumerate(row):
-            if following >= 0:
-                ways.setdefault((state, following), []).append(token)
+    for state, token, following, _ in table_edges(transition):
+        ways.setdefault((state, following), []).append(token)
     parts = [
         _loop(places[a], turn[a], tokens) if a == b else _arrow(places[a], places[b], tokens) for (a, b), tokens in ways.items()
     ]
-    x, y = places[start]
-    side = -1 if states > 1 else 1
-    parts.append(
-        _stroke(
-            f"M{x - 45:.1f} {y + 18 * side:.1f}L{x - RADIUS - 1:.1f} {y + 6 * side:.1f}",
-            (x - RADIUS - 1, y + 6 * side),
-            math.atan2(-12 * side, 26),
-        )
-    )
+    (x, y), side = places[start], -1 if states > 1 else 1
+    tip = x - RADIUS - 1, y + 6 * side
+    path = f"M{x - 45:.1f} {y + 18 * side:.1f}L{tip[0]:.1f} {tip[1]:.1f}"
+    parts.append(_stroke(path, tip, math.atan2(-12 * side, 26)))
     for state, (x, y) in enumerate(places):
         words = str(state) if acceptor else f"{state}/{int(output[state])}"
         inner = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS - 4}"/>' if acceptor and output[state] == 1 else ""
@@ -159,11 +150,9 @@ def stepper(pairs: Sequence[Pair], *, name: str, caption: str) -> str:
 
 
 def _pair(pair: Pair, number: int) -> str:
-    verdict = compare(pair.learned, pair.true)
-    words = (
-        f"{pair.name}: the true automaton with {len(minimise(pair.true).output)} states, and the learned one with "
-        f"{verdict.num_states}; {'the same machine' if verdict.equivalent else 'another machine'}."
-    )
+    verdict, states = compare(pair.learned, pair.true), len(minimise(pair.true).output)
+    words = f"{pair.name}: the true automaton with {states} states, and the learned one with {verdict.num_states}; "
+    words += f"{'the same machine' if verdict.equivalent else 'another machine'}."
     sides = "".join(
         f'<div data-side="{side}"><strong>{title}</strong>{automaton_svg(one)}</div>'
         for side, title, one in (("true", "true", pair.true), ("learned", "learned", pair.learned))
@@ -195,11 +184,9 @@ def _still(pair: Pair, example: Sequence[int] | None) -> str:
 
 
 def _data(pair: Pair) -> dict:
-    smallest = {side: minimise(given) for side, given in (("true", pair.true), ("learned", pair.learned))}
-    machines = {
-        side: {"start": machine.start, "transition": machine.transition.tolist(), "output": machine.output.tolist()}
-        for side, machine in smallest.items()
-    }
-    example = compare(pair.learned, pair.true).counter_example
-    acceptor = int(pair.true.output.max()) <= 1
+    machines = {}
+    for side, given in (("true", pair.true), ("learned", pair.learned)):
+        start, transition, output = minimise(given)
+        machines[side] = {"start": start, "transition": transition.tolist(), "output": output.tolist()}
+    example, acceptor = compare(pair.learned, pair.true).counter_example, int(pair.true.output.max()) <= 1
     return {**machines, "example": example, "acceptor": acceptor, "tokens": pair.true.transition.shape[1]}

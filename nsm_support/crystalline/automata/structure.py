@@ -60,8 +60,7 @@ def refine(labels: list[int], edges: Iterable[tuple[int, int, int, float]]) -> l
 def classes_alike(machine: Machine) -> Tensor:
     """The class of each state [S]: states of one class predict alike, whatever comes."""
     if isinstance(machine, Transducer):  # the table alone counts, not how often tokens are drawn
-        edges = table_edges(machine.transition)
-        return torch.tensor(refine(machine.output.tolist(), edges))
+        return torch.tensor(refine(machine.output.tolist(), table_edges(machine.transition)))
     process = machine.process(1)
     parts = (process.source, process.token, process.target, process.probability)
     return torch.tensor(refine([0] * machine.num_states, zip(*(part.tolist() for part in parts), strict=True)))
@@ -69,12 +68,8 @@ def classes_alike(machine: Machine) -> Tensor:
 
 def table_edges(transition: Tensor) -> list[tuple[int, int, int, float]]:
     """The edges of a table [S, V]; a negative entry is none."""
-    return [
-        (state, token, target, 1.0)
-        for state, row in enumerate(transition.tolist())
-        for token, target in enumerate(row)
-        if target >= 0
-    ]
+    states, tokens = (transition >= 0).nonzero(as_tuple=True)
+    return [(*edge, 1.0) for edge in zip(states.tolist(), tokens.tolist(), transition[states, tokens].tolist(), strict=True)]
 
 
 def survey(machine: Machine, length: int) -> Survey:

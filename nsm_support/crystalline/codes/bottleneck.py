@@ -210,8 +210,5 @@ def written(bottleneck: Bottleneck, codes: Tensor) -> Iterator[None]:
         chosen = codes.to(output.device)[..., None]
         return torch.where(chosen >= 0, module.codebook[chosen[..., 0].clamp(min=0)], output), info
 
-    hook = bottleneck.register_forward_hook(overwrite)
-    try:
+    with bottleneck.register_forward_hook(overwrite):
         yield
-    finally:
-        hook.remove()

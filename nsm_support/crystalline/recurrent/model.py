@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from nsm_support.checks import check, check_sizes
+from nsm_support.checks import Shape, check, check_choice, check_sizes
 from nsm_support.crystalline.automata import Automaton
 from nsm_support.crystalline.codes.bottleneck import straight_through
 from nsm_support.models import PretrainedModel
@@ -99,10 +99,8 @@ class CrystallineRecurrent(PretrainedModel):
             return nn.Parameter(std * torch.stack([torch.randn(shape, generator=one) for one in sources]))
 
         E = len(sources)
-        self.codebook = drawn(K, D)
-        self.token = drawn(V, H)
-        self.into = drawn(D, H, std=D**-0.5)
-        self.out = drawn(H, D, std=H**-0.5)
+        self.codebook, self.token = drawn(K, D), drawn(V, H)
+        self.into, self.out = drawn(D, H, std=D**-0.5), drawn(H, D, std=H**-0.5)
         self.out_bias = nn.Parameter(torch.zeros(E, 1, D))
         self.readout = drawn(D, C, std=D**-0.5)
         self.readout_bias = nn.Parameter(torch.zeros(E, 1, C))
@@ -201,12 +199,10 @@ class CrystallineRecurrent(PretrainedModel):
         paths of codes in T products of vector and table. If outputs are heard, belief_t(j) ∝ belief_t(j) P(y_t | j).
         Raises ValueError for an objective that is none of `OBJECTIVES`, or shapes that do not fit.
         """
-        if objective not in OBJECTIVES:
-            raise ValueError(f"relaxed: objective {objective!r}; accepted are {', '.join(OBJECTIVES)}")
+        check_choice(self, OBJECTIVES, objective=objective)
         code = self._start(tokens)
         E, B, T = tokens.shape
-        if targets.shape != (E, B, T + 1):
-            raise ValueError(f"relaxed: targets {list(targets.shape)}; [E={E}, B={B}, T + 1={T + 1}] are accepted")
+        check(self, targets.shape == (E, B, T + 1), f"[E={E}, B={B}, T + 1={T + 1}]", targets=Shape(targets.shape))
         if objective == "continuous":
             logits = self.output_logits(self.continuous(tokens).flatten(1, 2)).view(E, B, T + 1, -1)
             return Relaxed(F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none"), None)
@@ -235,12 +231,9 @@ class CrystallineRecurrent(PretrainedModel):
     def continuous(self, tokens: Tensor) -> Tensor:
         """The control: states [E, B, T + 1, D] of the same cell without codes, √D z/‖z‖ fed back, from the code `START`."""
         self._start(tokens)
-        E, B, _ = tokens.shape
-        state = self.codebook[:, START : START + 1].expand(E, B, -1)
-        states = [state]
+        states = [self.codebook[:, START : START + 1].expand(*tokens.shape[:2], -1)]
         for token in tokens.unbind(2):
-            state = self.step_continuous(state, token)
-            states.append(state)
+            states.append(self.step_continuous(states[-1], token))
         return torch.stack(states, 2)
 
     def step_continuous(self, state: Tensor, token: Tensor) -> Tensor:
