@@ -169,14 +169,6 @@ def test_weights_lie_where_and_as_they_are_asked_for(tmp_path, tied):
     assert {(tensor.device.type, tensor.dtype) for tensor in model.parameters()} == {("meta", torch.bfloat16)}
 
 
-def test_a_head_of_its_own_has_to_be_there(tmp_path):
-    """Where the embedding is not tied, it does not stand in for a head that is missing."""
-    config = COMMON | KINDS["vanilla"]
-    state = {name: tensor for name, tensor in tensors(config).items() if name != "lm_head.weight"}
-    with pytest.raises(CheckpointError, match="lm_head"):
-        load_checkpoint(write(tmp_path, config, state))
-
-
 def test_blocks_of_three_axes_are_those_of_two(tmp_path):
     config = COMMON | KINDS["vanilla"]
     state = tensors(config)

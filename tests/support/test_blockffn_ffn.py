@@ -9,13 +9,10 @@ from nsm_support.blockffn import ffn
 from nsm_support.blockffn.ffn import PATHS, BlockFFN, blockffn_reference, blockffn_sparse
 from nsm_support.blockffn.objectives import chunk_sparsity, chunk_sparsity_loss, dead_experts, locality_loss, token_sparsity
 from nsm_support.blockffn.router import BlockRouter, Routed
+from tests.support.draws import draw
 
 LENGTHS = (1, 7, 200)
 D, E, F = 6, 5, 3
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def scores_of(T, active, seed=0):
@@ -92,12 +89,6 @@ def test_the_definition_is_the_formula():
                 h = z / (1 + math.exp(-z)) * float(scores[t, e])
                 wanted = [w + float(down[d, e * F + f]) * h for d, w in enumerate(wanted)]
         assert y[t].tolist() == pytest.approx(wanted)
-
-
-def test_gradients_of_the_sparse_path_by_differences():
-    x, scores, up, down = inputs_of(4, 0.5)
-    inputs = [v.requires_grad_() for v in (x, up, down)]
-    assert torch.autograd.gradcheck(lambda x, up, down: blockffn_sparse(x, scores, up, down), inputs)
 
 
 def test_gradients_only_where_asked_for():
@@ -213,20 +204,6 @@ def test_any_leading_axes_and_memory_layout(layer, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_same_input_same_bits_and_tokens_by_themselves(layer, path):
-    layer.path = path
-    x = draw(40, D)
-    before = layer(x)
-    assert torch.equal(layer(x), before)
-    x[20] += 1
-    after = layer(x)
-    changed = (after != before).any(-1)
-    assert changed[20]
-    torch.testing.assert_close(after[:20], before[:20])
-    torch.testing.assert_close(after[21:], before[21:])
-
-
-@pytest.mark.parametrize("path", PATHS)
 def test_no_tokens_give_no_outputs(path):
     layer = BlockFFN(256, 32, 128, path=path)
     y = layer(torch.zeros(2, 0, 256))
@@ -316,18 +293,6 @@ def test_chunk_loss_is_its_definition(T, size):
                     log += math.log(1 - float(z[e] / (z.sum() + 1e-5)))
                 values.append(math.exp(log))
     assert chunk_sparsity_loss(routed, size).item() == pytest.approx(1 - sum(values) / len(values))
-
-
-def test_chunk_loss_is_least_where_a_chunk_shares_one_block():
-    def loss(blocks):
-        logits = torch.full((len(blocks), 8), -1.0)
-        logits[range(len(blocks)), blocks] = 1.0
-        return chunk_sparsity_loss(Routed(logits.relu(), logits), 4).item()
-
-    assert loss([3] * 8) == pytest.approx(1 / 8, abs=1e-5)
-    assert loss([3] * 4 + [5] * 4) == pytest.approx(1 / 8, abs=1e-5)
-    assert loss([0, 1, 2, 3] * 2) == pytest.approx(4 / 8, abs=1e-4)
-    assert chunk_sparsity_loss(Routed(torch.zeros(4, 8), torch.full((4, 8), -1.0)), 4).item() == 0
 
 
 def test_chunk_loss_has_a_gradient_where_one_block_takes_all():

@@ -21,6 +21,7 @@ from nsm_support.blockffn.hybrid import (
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
 from nsm_support.blockffn.signals import RoutingExtractor
 from nsm_support.training import TrainingConfig
+from tests.support.draws import draw, numbers
 
 CAUSAL = [mode for mode in MODES if not mode.startswith("shuffled")]
 
@@ -39,14 +40,6 @@ def sidecars(layers=(0, 1, 2), seed=1):
     return {i: MambaSidecar(32, state_dim=4).double() for i in layers}
 
 
-def numbers(*shape, below=23, seed=0):
-    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def gated(mode, alpha=0.4, source="own", model=None, layers=(0, 1, 2), **options):
     """A hybrid whose gates are calibrated, and the tokens they are calibrated on."""
     model, tokens = model or make(), numbers(8, 21)
@@ -61,9 +54,6 @@ def gated(mode, alpha=0.4, source="own", model=None, layers=(0, 1, 2), **options
 class Forbidden(nn.Module):
     def forward(self, *given):
         raise AssertionError("this path was to be skipped")
-
-
-# The ends, and the way back
 
 
 def test_detached_model_is_the_base_bit_for_bit():
@@ -116,9 +106,6 @@ def test_alpha_is_mambas_share_and_the_ffn_is_untouched():
     torch.testing.assert_close(routed.scores, layer.mlp.route(layer.post_attention_layernorm(after)).scores)
 
 
-# Hard gates skip work
-
-
 @pytest.mark.parametrize("T", [1, 63])
 @pytest.mark.parametrize("kind", ["vanilla", "mla"])
 def test_skipped_queries_change_nothing_but_the_work(kind, T):
@@ -147,9 +134,6 @@ def test_queries_are_those_of_attentions_tokens_alone():
         model(tokens)
     fullest = [(~record[i][0]).sum(1).max().item() for i in range(3)]
     assert sizes == [n for n in fullest for _ in range(2)] and max(fullest) < 21
-
-
-# Gates
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -308,20 +292,6 @@ def test_learned_gate_begins_as_the_fixed_one_and_learns_at_its_mean():
     assert alpha.mean().item() == pytest.approx(0.3, abs=1e-9)
     assert alpha[x[..., 0] > 0].mean() > 0.4 > 0.2 > alpha[x[..., 0] < 0].mean()
     assert torch.equal(gate.eval()(x), alpha), "the last threshold stays"
-
-
-# Sidecars
-
-
-def test_sidecar_streams_and_is_a_mixer_without_residual():
-    sidecar, x = sidecars((0,))[0], draw(2, 17, 32)
-    full, stream = sidecar(x), sidecar.start(2)
-    for t in range(17):
-        out, stream = sidecar.step(x[:, t], stream)
-        torch.testing.assert_close(out, full[:, t])
-    assert torch.equal(full, sidecar.block(sidecar.norm(x)))
-    nn.init.zeros_(sidecar.block.out_proj.weight)
-    assert not sidecar(x).any(), "the layer's residual goes around it, not one of its own"
 
 
 def batches(generator, batch_size):

@@ -7,16 +7,13 @@ from nsm_support.blockffn.gates import Gate
 from nsm_support.blockffn.hybrid import MambaSidecar, attach, detach
 from nsm_support.blockffn.model import BlockFFNConfig, BlockFFNModel
 from nsm_support.blockffn.signals import RoutingExtractor
+from tests.support.draws import numbers
 
 
 def make(seed=0, **options):
     sizes = {"vocab_size": 23, "token_dim": 32, "num_layers": 3, "num_experts": 6, "expert_size": 5}
     torch.manual_seed(seed)
     return BlockFFNModel(BlockFFNConfig(**sizes | options)).double()
-
-
-def numbers(*shape, below=23, seed=0):
-    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def hybrid(model, mode="fixed", source="own", layers=(0, 1, 2)):

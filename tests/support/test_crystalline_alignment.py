@@ -51,9 +51,6 @@ def uses(hard, states):
     return [(code, states[b, t].item()) for b, t, code in product(*map(range, hard.shape)) if hard[b, t, code]]
 
 
-# Counting -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
 def test_counts_equal_the_seeds_triple_loop(shape, dtype):
@@ -73,9 +70,6 @@ def test_purities_by_hand():
     assert purity(counts, tensor([0, 0, 1, NO_STATE])) == 6 / 13
     with pytest.raises(ValueError, match="no code is active"):
         purity(torch.zeros(3, 2, dtype=torch.int64))
-
-
-# Against scikit-learn and plain loops ---------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,9 +92,6 @@ def test_measures_of_random_codes_are_those_of_scikit_learn(seed, B, T, K, S, da
     assert found.perplexity == pytest.approx(np.prod(shares**-shares))
 
 
-# Detection ------------------------------------------------------------------------------------------------------------
-
-
 def test_detection_by_several_codes_by_hand():
     # positions: codes {0,1}, {0,2}, {1,2} | {0,1}, {2,3}, {3,0}; labels: 0 and 1 → state 0, 2 → state 1, 3 → none
     hard = torch.zeros(2, 3, 4)
@@ -114,21 +105,6 @@ def test_detection_by_several_codes_by_hand():
     assert found.state_precision[:2].tolist() == pytest.approx([3 / 5, 2 / 3])
     assert found.state_recall[:3].tolist() == pytest.approx([1, 1, 0])
     assert found.state_precision[2:].isnan().all() and found.state_recall[3].isnan()
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 3))
-def test_names_of_codes_and_states_do_not_matter(seed, k):
-    hard, states = draw(4, 25, 9, 5, k, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    codes, named = torch.randperm(9, generator=generator), torch.randperm(5, generator=generator)
-    one, other = align(hard, states, 5), align(hard[..., codes], named[states], 5)
-    assert torch.equal(other.counts[:, named], one.counts[codes])
-    for name in ("purity", "majority", "null", "null_p", "seed_purity", "perplexity", "homogeneity", "completeness", "ami"):
-        assert getattr(other, name) == pytest.approx(getattr(one, name), abs=1e-9), name
-
-
-# The null, and the two splits -----------------------------------------------------------------------------------------
 
 
 def test_the_null_is_what_codes_without_knowledge_reach():
@@ -192,35 +168,6 @@ def test_the_bottleneck_is_chosen_on_one_split_and_reported_on_the_other():
     assert held.reported.purity < 0.3 < 0.5 < align_all(shifted, other_truth, S)["block 0, mlp"].purity
 
 
-def test_the_measure_decides_which_bottleneck_is_best():
-    """One code a token is the purer, one code a state the more complete."""
-
-    def split(seed):
-        tokens = torch.randint(12, (8, 40), generator=torch.Generator().manual_seed(seed))
-        wrong = torch.rand(8, 40, generator=torch.Generator().manual_seed(seed)) < 0.05
-        return infos_of(one_hot(tokens, 12), one_hot((tokens // 3 + 1 * wrong) % 4, 12)), tokens // 3
-
-    chosen = {
-        measure: held_out_alignment(split(0), split(1), 4, measure=measure).name
-        for measure in ("purity", "homogeneity", "completeness", "ami")
-    }
-    assert chosen == {
-        "purity": "block 0, attn",
-        "homogeneity": "block 0, attn",
-        "completeness": "block 0, mlp",
-        "ami": "block 0, mlp",
-    }
-
-
-def test_one_split_twice_is_refused():
-    hard, states = noisy(4, 10, 3)
-    with pytest.raises(ValueError, match="two splits are needed"):
-        held_out_alignment((infos_of(hard, hard), states), (infos_of(hard, hard), states), 3)
-
-
-# Controls, the figure, and what is refused ----------------------------------------------------------------------------
-
-
 def test_one_code_a_token_is_pure_without_any_state():
     """The seed's machine: tokens 3i, 3i+1, 3i+2 belong to state i, so the token alone tells the state."""
     tokens = torch.randint(24, (20, 32), generator=torch.Generator().manual_seed(0))
@@ -254,28 +201,30 @@ def test_the_figure_shows_each_active_codes_shares():
         plot_code_state_alignment(counts, 4, 5)
 
 
+HARD, STATES = draw(2, 5, 4, 3, 1)
+
+
 @pytest.mark.parametrize(
-    ("codes", "states", "message"),
+    ("codes", "states", "options", "message"),
     [
-        (torch.ones(2, 3, 4), torch.zeros(2, 4).long(), r"hard_codes = \[2, 3, 4\], states = \[2, 4\]; accepted is \[B, T, K\]"),
-        (torch.ones(2, 3, 4), torch.full((2, 3), 3), "lowest = 3, highest = 3; accepted is integers from 0 to 2"),
-        (torch.ones(2, 3, 4), torch.zeros(2, 3), "torch.float32"),
-        (torch.full((2, 3, 4), 0.25), torch.zeros(2, 3).long(), r"hard_codes = \[0.25\]; accepted is 0 and 1"),
-        (torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), "no code is active"),
+        (
+            torch.ones(2, 3, 4),
+            torch.zeros(2, 4).long(),
+            {},
+            r"\[2, 3, 4\], states = \[2, 4\]; accepted is \[B, T, K\]",
+        ),
+        (torch.ones(2, 3, 4), torch.full((2, 3), 3), {}, "lowest = 3, highest = 3; accepted is integers from 0 to 2"),
+        (torch.ones(2, 3, 4), torch.zeros(2, 3), {}, "torch.float32"),
+        (torch.full((2, 3, 4), 0.25), torch.zeros(2, 3).long(), {}, r"hard_codes = \[0.25\]; accepted is 0 and 1"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), {}, "no code is active"),
+        (HARD, STATES, {"labels": tensor([0, 1, 2])}, r"labels = \[0, 1, 2\].*; accepted is 4 integers from -1 to 2"),
+        (HARD, STATES, {"labels": tensor([0, 1, 2, 3])}, "4 integers from -1 to 2"),
+        (HARD[:1], STATES[:1], {}, "got 1 labels"),  # one sequence has no other to change states with
     ],
 )
-def test_misfits_are_refused(codes, states, message):
+def test_misfits_are_refused(codes, states, options, message):
     with pytest.raises(ValueError, match=message):
-        align(codes, states, 3)
-
-
-def test_labels_that_do_not_fit_are_refused():
-    hard, states = draw(2, 5, 4, 3, 1)
-    for options, message in (
-        ({"labels": tensor([0, 1, 2])}, r"labels = \[0, 1, 2\], dtype = torch.int64; accepted is 4 integers from -1 to 2"),
-        ({"labels": tensor([0, 1, 2, 3])}, "4 integers from -1 to 2"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            align(hard, states, 3, **options)
-    with pytest.raises(ValueError, match="got 1 labels"):  # one sequence has no other to change states with
-        align(hard[:1], states[:1], 3)
+        align(codes, states, 3, **options)
+    split = infos_of(HARD, HARD), STATES
+    with pytest.raises(ValueError, match="two splits are needed"):
+        held_out_alignment(split, split, 3)

@@ -31,12 +31,10 @@ from nsm_support.crystalline.automata import (
     tomita,
 )
 from nsm_support.crystalline.automata.extraction import run
-from nsm_support.crystalline.automata.machines import _cumulative
 from nsm_support.crystalline.automata.structure import classes_alike
 from nsm_support.metrics import ngram_baseline
 from nsm_support.tasks import WordProblem, score
 
-GENERATORS = ("fsm", "ambiguous", "tokfsm")
 LANGUAGES = tuple(f"tomita{number}" for number in range(1, 8))
 TRANSDUCERS = (*LANGUAGES, "parity", "mod5", "s3", "a5", "s5")
 PUBLISHED = [[1, 0, 4], [3, 3, 2], [1, 1, 6], [0, 0, 1], [3, 3, 0], [3, 6, 3], [7, 4, 0], [2, 6, 5]]
@@ -86,9 +84,6 @@ def brute_force(machine: HiddenMarkovModel, length: int) -> dict[tuple[int, ...]
     return strings
 
 
-# The protocol --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_machine_keeps_the_protocol(machines, name):
     machine = machines[name]
@@ -112,18 +107,6 @@ def test_a_transducer_follows_its_table(machines, name):
     tokens, targets, states = machine.sample_batch(random(), 50, 30)
     before = torch.cat([torch.full((50, 1), machine.start), states[:, :-1]], 1)
     assert torch.equal(machine.transition[before, tokens], states) and torch.equal(machine.output[states], targets)
-
-
-def test_rounding_never_draws_what_is_impossible():
-    rows = torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3, 0], [0.1] * 3 + [0.7, 0], [1, 0, 0, 0, 0]], dtype=torch.float64)
-    cumulative = _cumulative(rows)
-    for level in (0.0, 1 - 2**-53):
-        drawn = (cumulative <= level).sum(1)
-        assert (rows.gather(1, drawn[:, None]) > 0).all(), level
-    assert (cumulative <= 0.25).sum(1).tolist() == [1, 2, 0]
-
-
-# Generators ----------------------------------------------------------------------------------------------------------
 
 
 def seeds_machine(**sizes) -> FiniteStateMachine:
@@ -153,14 +136,6 @@ def test_the_seeds_machine_walks_its_table():
     often = states.flatten().bincount(minlength=8) > 500
     assert (shares[often] - 1 / 3).abs().max() < 0.04
     assert (states[:, 0].bincount(minlength=8) / 400 - 1 / 8).abs().max() < 0.06
-
-
-def test_a_batch_without_a_generator_comes_from_the_global_one():
-    fsm = seeds_machine()
-    torch.manual_seed(5)
-    first, second = fsm.generate_batch(4, 32), fsm.generate_batch(4, 32)
-    torch.manual_seed(5)
-    assert torch.equal(fsm.generate_batch(4, 32).tokens, first.tokens) and not torch.equal(first.tokens, second.tokens)
 
 
 def test_ambiguous_tokens_are_shared_and_the_state_follows_from_them():
@@ -249,9 +224,6 @@ def test_first_transition_of_known_predictors(tokfsm):
     assert blind.mass == pytest.approx(10 / 121)
 
 
-# Transducers ---------------------------------------------------------------------------------------------------------
-
-
 def odd_after_odd(word: str) -> bool:
     """Whether an odd run of 1s has an odd run of 0s anywhere after it."""
     runs = [(token, len(list(group))) for token, group in itertools.groupby(word)]
@@ -322,9 +294,6 @@ def test_a_token_without_a_way_back_is_rare_enough(machines):
     np.testing.assert_allclose(ends.token_probabilities(9), 0.5)  # half of the strings end at once, whatever is done
     for name in ("tomita5", "tomita6", "mod5", "s5"):
         np.testing.assert_allclose(machines[name].token_probabilities(50), 0.5)
-
-
-# The optimum ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -413,9 +382,6 @@ def test_no_predictor_beats_the_filter(seed, states, tokens):
         assert ahead.mean() < 5 * ahead.std() / math.sqrt(len(ahead)) + 1e-9, order
 
 
-# Which states are visited, and which predict alike -------------------------------------------------------------------
-
-
 def test_survey_of_the_seeds_machine():
     fsm = seeds_machine()
     found = survey(fsm, 32)
@@ -482,9 +448,6 @@ def test_predictive_automaton_of_the_seeds_machine():
     assert predictive_automaton(tomita(4)).output.tolist() == [1, 1, 1, 0]
     numbers = predictive_automaton(make_machine("ambiguous")).output.tolist()
     assert numbers == list(range(8)), "distributions are numbered as they come up"
-
-
-# Bad input -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,7 @@ from nsm_support.crystalline.codes.bottleneck import (
     spread_out,
 )
 from nsm_support.crystalline.codes.schedules import temperature_at
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.support.draws import draw
 
 
 def bottleneck(dim=6, seed=0, laid=False, **config):

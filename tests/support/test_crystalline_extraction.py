@@ -98,9 +98,6 @@ def same(one: Automaton, other: Automaton) -> bool:
     return one.start == other.start and torch.equal(one.transition, other.transition) and torch.equal(one.output, other.output)
 
 
-# The minimum ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_hand_built_automaton_comes_back():
     # Even number of 1s in six codes: 4 and 1 are even, 0 and 3 odd; 2 and 5 are never reached.
     codes = Automaton(4, torch.tensor([[3, 1], [4, 0], [5, 5], [0, 4], [1, 3], [2, 4]]), torch.tensor([0, 1, 1, 0, 1, 0]))
@@ -131,29 +128,6 @@ def test_minimise_is_idempotent_and_names_do_not_matter(seed, states, tokens, cl
     assert same(minimise(disguised(automaton, seed)), smallest)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 3), st.integers(2, 3))
-def test_the_minimum_is_what_table_filling_finds(seed, states, tokens, classes):
-    automaton = drawn(seed, states, tokens, classes)
-    transition, output = automaton.transition.tolist(), automaton.output.tolist()
-    reached, stack = {0}, [0]
-    while stack:
-        new = set(transition[stack.pop()]) - reached
-        reached |= new
-        stack += new
-    # Pairs that some string tells apart, marked until nothing changes.
-    apart = {(a, b) for a in reached for b in reached if output[a] != output[b]}
-    while more := {
-        (a, b)
-        for a in reached
-        for b in reached
-        if (a, b) not in apart and any(pair in apart for pair in zip(transition[a], transition[b], strict=True))
-    }:
-        apart |= more
-    kinds = {frozenset(b for b in reached if (a, b) not in apart) for a in reached}
-    assert len(minimise(automaton).output) == len(kinds)
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 10), st.integers(1, 10))
 def test_automata_lib_says_the_same(seed, states, others):
@@ -167,9 +141,6 @@ def test_automata_lib_says_the_same(seed, states, others):
         difference = left ^ right
         assert len(verdict.counter_example) == difference.minimum_word_length()
         assert difference.accepts_input("".join(map(str, verdict.counter_example)))
-
-
-# Equivalence and counter-examples ------------------------------------------------------------------------------------
 
 
 def test_a_planted_fault_is_found_by_the_shortest_string():
@@ -226,9 +197,6 @@ def test_undefined_cells():
     assert len(minimise(Automaton(0, torch.tensor([[1], [UNDEFINED]]), torch.tensor([0, 0]))).output) == 2
 
 
-# Votes ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["tomita3", "tomita7", "mod5", "s3", "a5"])
 def test_votes_over_runs_give_the_machine(name):
     machine = make_machine(name)
@@ -275,9 +243,6 @@ def test_codes_of_a_generator_are_checked_on_the_strings_it_can_make(name):
     assert answer(learned, verdict.counter_example) != answer(true, verdict.counter_example)
 
 
-# Interventions -------------------------------------------------------------------------------------------------------
-
-
 def test_interventions_measure_what_moved_and_where_to():
     before = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
     after = torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.3, 0.5]])
@@ -286,9 +251,6 @@ def test_interventions_measure_what_moved_and_where_to():
     torch.testing.assert_close(found.moved, torch.tensor([0.5, 0.0], dtype=torch.float64))
     torch.testing.assert_close(found.gained, torch.tensor([0.5, 0.0], dtype=torch.float64))
     torch.testing.assert_close(intervention(before, after, ~wanted).gained, torch.tensor([-0.5, 0.0], dtype=torch.float64))
-
-
-# Bad input -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,14 @@
 """The crystalline transformer: causal, silent in evaluation, blocked where it says so, and what seed 003's cells need."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
 
-from nsm_support.crystalline import (
-    BottleneckConfig,
-    CrystallineConfig,
-    CrystallineTransformer,
-    FiniteStateMachine,
-    FSMConfig,
-    ModelConfig,
-    commitment_loss,
-    compression_loss,
-    compute_state_code_alignment,
-    plot_code_state_alignment,
-)
+from nsm_support.crystalline import BottleneckConfig, CrystallineConfig, CrystallineTransformer, compression_loss
 
 
 def build(seed=0, laid=True, bottleneck=None, **config):
@@ -96,17 +87,6 @@ def test_attention_equals_its_definition():
     torch.testing.assert_close(block._attention(x)[0], block.out(torch.cat(heads, 1)))
 
 
-def test_choices_depend_on_the_schedule():
-    """Of one network, one pass at the start of the annealing and one at its end: choices against noise-free ones."""
-    x, agree = tokens(B=16, T=32), []
-    for progress in (0.0, 1.0):
-        model = build(bottleneck={"codebook_size": 6, "temp_init": 3.0, "temp_min": 1e-6})
-        model.anneal(progress)
-        codes = model(x)[1][0]["attn"]
-        agree.append((codes["hard_codes"].argmax(-1) == codes["soft_codes"].argmax(-1)).double().mean().item())
-    assert agree[0] < 0.8 and agree[1] == 1
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "exponential", "none"])
 def test_anneal_sets_every_bottleneck(schedule):
     model = build(bottleneck={"schedule": schedule, "temp_init": 2.0, "temp_min": 0.5})
@@ -180,176 +160,12 @@ def test_shape_errors():
 @pytest.mark.slow
 def test_cells_of_seed_003_run_with_other_imports(capsys):
     """The seed notebook's code cells as they stand, but for its imports, its plots of curves, and fewer steps."""
-    NUM_STATES = 8
-    TOKENS_PER_STATE = 3
-    SEED = 42
-
-    fsm_config = FSMConfig(
-        num_states=NUM_STATES, tokens_per_state=TOKENS_PER_STATE, vocab_size=NUM_STATES * TOKENS_PER_STATE, seed=SEED
-    )
-
-    fsm = FiniteStateMachine(fsm_config)
-
-    for i in range(NUM_STATES):
-        for j in range(NUM_STATES):
-            if fsm.transition_matrix[i, j] > 0:
-                pass
-    assert fsm.transition_matrix.sum(1) == pytest.approx(np.ones(8))
-
-    batch_size = 4
-    seq_len = 32
-
-    inputs, targets, states = fsm.generate_batch(batch_size, seq_len)
-
-    assert inputs.shape == targets.shape == states.shape == (4, 32)
-    assert inputs[0, :10].tolist() and states[0, :10].tolist() == (inputs[0, :10] // 3).tolist()
-
-    model_config = ModelConfig(
-        vocab_size=fsm_config.vocab_size,
-        dim=128,
-        n_layers=3,
-        n_heads=4,
-        max_seq_len=seq_len,
-        dropout=0.0,
-        bottleneck=BottleneckConfig(
-            codebook_size=32,  # Small codebook to encourage state mapping
-            num_codes_k=4,
-            temp_init=2.0,
-            temp_min=0.1,
-        ),
-    )
-
-    model = CrystallineTransformer(model_config)
-    print(f"Model parameters: {sum(p.numel() for p in model.parameters()):,}")
-
-    # Training config
-    N_STEPS = 102  # 500 in the seed; the codes are laid after 100
-    BATCH_SIZE = 6  # 32 in the seed
-    LR = 3e-4
-    LAMBDA_COMPRESS = 0.01
-    LAMBDA_COMMIT = 0.25
-
-    # Temperature annealing
-    TEMP_START = 2.0
-    TEMP_END = 0.3
-
-    optimizer = AdamW(model.parameters(), lr=LR)
-
-    # Tracking
-    history = {"steps": [], "loss": [], "accuracy": [], "temperature": [], "entropy": []}
-
-    # Training loop
-    model.train()
-    torch.manual_seed(SEED)
-
-    for step in range(N_STEPS):
-        # Temperature annealing
-        progress = step / max(N_STEPS - 1, 1)
-        target_temp = TEMP_START + progress * (TEMP_END - TEMP_START)
-
-        with torch.no_grad():
-            for block in model.blocks:
-                block.attn_bottleneck._temperature.fill_(target_temp)
-                block.mlp_bottleneck._temperature.fill_(target_temp)
-
-        # Generate batch
-        inputs, targets, states = fsm.generate_batch(BATCH_SIZE, seq_len)
-
-        # Forward
-        logits, infos = model(inputs)
-
-        # Losses
-        pred_loss = F.cross_entropy(logits.reshape(-1, fsm_config.vocab_size), targets.reshape(-1))
-
-        compress_loss_val = torch.tensor(0.0)
-        commit_loss_val = torch.tensor(0.0)
-        for layer_info in infos:
-            for bn_type in ["attn", "mlp"]:
-                compress_loss_val = compress_loss_val + compression_loss(layer_info[bn_type]["soft_codes"])
-                commit_loss_val = commit_loss_val + commitment_loss(layer_info[bn_type]["input"], layer_info[bn_type]["output"])
-
-        n_bottlenecks = len(infos) * 2
-        compress_loss_val = compress_loss_val / n_bottlenecks
-        commit_loss_val = commit_loss_val / n_bottlenecks
-
-        loss = pred_loss + LAMBDA_COMPRESS * compress_loss_val + LAMBDA_COMMIT * commit_loss_val
-
-        # Backward
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-        # Track metrics
-        if step % 50 == 0:
-            with torch.no_grad():
-                preds = logits.argmax(dim=-1)
-                acc = (preds == targets).float().mean().item()
-
-                # Entropy
-                entropies = [layer_info["attn"]["entropy"].item() for layer_info in infos]
-                avg_entropy = sum(entropies) / len(entropies)
-
-            history["steps"].append(step)
-            history["loss"].append(loss.item())
-            history["accuracy"].append(acc)
-            history["temperature"].append(target_temp)
-            history["entropy"].append(avg_entropy)
-
-            print(
-                f"Step {step:4d} | Loss: {loss.item():.4f} | Acc: {acc:.3f} | "
-                f"Temp: {target_temp:.2f} | Entropy: {avg_entropy:.3f}"
-            )
-
-    print("\nTraining complete!")
-
-    # Evaluate alignment
-    model.eval()
-
-    all_hard_codes = []
-    all_states = []
-
-    with torch.no_grad():
-        for _ in range(20):  # Collect statistics
-            inputs, targets, states = fsm.generate_batch(BATCH_SIZE, seq_len)
-            _, infos = model(inputs)
-
-            # Use first layer's attention bottleneck
-            hard_codes = infos[0]["attn"]["hard_codes"]
-            all_hard_codes.append(hard_codes)
-            all_states.append(states)
-
-    all_hard_codes = torch.cat(all_hard_codes, dim=0)
-    all_states = torch.cat(all_states, dim=0)
-
-    print(f"Collected codes shape: {all_hard_codes.shape}")
-
-    alignment = compute_state_code_alignment(all_hard_codes, all_states, NUM_STATES)
-
-    print(f"  Purity: {alignment['purity']:.3f}")
-    print(f"  Active codes: {alignment['active_codes']}")
-
-    # Build alignment matrix (over the first of the sequences here, which the seed's triple loop takes long for)
-    codebook_size = model_config.bottleneck.codebook_size
-    alignment_matrix = np.zeros((codebook_size, NUM_STATES))
-
-    for i in range(40):
-        for j in range(all_hard_codes.shape[1]):
-            state = all_states[i, j].item()
-            active_codes = (all_hard_codes[i, j] > 0.5).nonzero(as_tuple=True)[0]
-            for code_idx in active_codes:
-                alignment_matrix[code_idx.item(), state] += 1
-
-    fig = plot_code_state_alignment(
-        alignment_matrix,
-        n_states=NUM_STATES,
-        codebook_size=codebook_size,
-        purity=alignment["purity"],
-        title="Code-State Alignment (Layer 0 Attention)",
-    )
-
-    # What the cells rest on
-    assert hasattr(fig, "savefig") and alignment_matrix.sum() == 40 * 32 * 4
+    cells = dict(globals())
+    exec(compile((Path(__file__).parent / "crystalline_notebook.txt").read_text(), "notebook", "exec"), cells)
+    history, alignment, states = cells["history"], cells["alignment"], cells["states"]
+    assert cells["fsm"].transition_matrix.sum(1) == pytest.approx(np.ones(8)) and states.shape == (6, 32)
+    assert torch.equal(states, cells["inputs"] // 3)
+    assert hasattr(cells["fig"], "savefig") and cells["alignment_matrix"].sum() == 40 * 32 * 4
     assert abs(history["loss"][0] - np.log(24)) < 0.6 and history["loss"][-1] < history["loss"][0] - 0.5
     assert history["temperature"] == pytest.approx([2.0, 2.0 - 1.7 * 50 / 101, 2.0 - 1.7 * 100 / 101])
     assert 0 <= alignment["purity"] <= 1 and 4 <= alignment["active_codes"] <= 32

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nsm_support.mixers.mamba import Mamba2Block, MambaBlock, MambaStream
+from nsm_support.mixers.mamba import Mamba2Block, MambaBlock
+from tests.support.draws import draw
 
 BLOCKS = {
     "Mamba": lambda: MambaBlock(12, state_dim=5),
@@ -12,10 +13,6 @@ BLOCKS = {
     "Mamba-2": lambda: Mamba2Block(12, num_heads=3, state_dim=5, chunk=16),
     "Mamba-2, odd sizes": lambda: Mamba2Block(7, num_heads=1, state_dim=1, expand=3, conv_width=2, chunk=5),
 }
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def stir(block):
@@ -119,19 +116,6 @@ def check_delta(delta):
     torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.07, rtol=0)
 
 
-@pytest.mark.parametrize("T", [1, 65])
-def test_stepping_is_the_whole_pass(block, T):
-    D = block.in_proj.in_features
-    tokens = draw(3, T, D)
-    whole, last = block.prefill(tokens)
-    torch.testing.assert_close(block(tokens), whole, atol=0, rtol=0)
-    stream = block.start(3)
-    for t in range(T):
-        out, stream = block.step(tokens[:, t], stream)
-        torch.testing.assert_close(out, whole[:, t])
-    torch.testing.assert_close(stream, last)
-
-
 @pytest.mark.parametrize("first", [1, 2, 20])
 def test_a_prefill_in_parts_and_then_steps_is_the_whole_pass(block, first):
     tokens = draw(2, 33, block.in_proj.in_features)
@@ -141,32 +125,6 @@ def test_a_prefill_in_parts_and_then_steps_is_the_whole_pass(block, first):
     three, stream = block.step(tokens[:, 31], stream)
     four = block(tokens[:, 32:], stream)
     torch.testing.assert_close(torch.cat((one, two, three[:, None], four), 1), whole)
-
-
-def test_gradients_flow_through_the_stream(block):
-    """The gradient of a token in the first part, of outputs in the second, is that of the whole pass."""
-    tokens = draw(2, 9, block.in_proj.in_features).requires_grad_()
-    grads = [torch.autograd.grad(block(tokens)[:, 5:].square().sum(), tokens)[0]]
-    _, stream = block.prefill(tokens[:, :5])
-    grads.append(torch.autograd.grad(block(tokens[:, 5:], stream).square().sum(), tokens)[0])
-    _, stream = block.prefill(tokens[:, :5])
-    total = 0
-    for t in range(5, 9):
-        out, stream = block.step(tokens[:, t], stream)
-        total = total + out.square().sum()
-    grads.append(torch.autograd.grad(total, tokens)[0])
-    torch.testing.assert_close(grads[1], grads[0])
-    torch.testing.assert_close(grads[2], grads[0])
-
-
-def test_a_stream_is_not_changed_by_its_use(block):
-    tokens = draw(2, 6, block.in_proj.in_features)
-    _, stream = block.prefill(tokens[:, :3])
-    kept = MambaStream(*(x.clone() for x in stream))
-    block.prefill(tokens[:, 3:], stream)
-    block.step(tokens[:, 3], stream)
-    assert all(torch.equal(a, b) for a, b in zip(stream, kept, strict=True))
-    assert stream.window.shape[0] == stream.state.shape[0] == 2
 
 
 def test_what_does_not_fit_is_named():

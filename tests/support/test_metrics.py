@@ -12,6 +12,8 @@ from torch.nn.functional import one_hot
 
 from nsm_support.metrics import accuracy, majority_share, mutual_information, ngram_baseline, routing_entropy, state_load
 
+TOKENS = tensor([0, 1, 2])
+
 
 def random_weights(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).softmax(-1)
@@ -86,45 +88,6 @@ def test_what_is_no_distribution_is_refused(metric, weights, message):
         metric(weights)
 
 
-def test_misfits_are_refused():
-    with pytest.raises(ValueError, match=r"do not lead weights \(4, 2\)"):
-        mutual_information(torch.full((4, 2), 0.5), tensor([0, 1, 1]))
-    with pytest.raises(ValueError, match="do not lead"):
-        mutual_information(torch.full((4, 2), 0.5), torch.zeros(4, 2, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"argmax"):
-        accuracy(torch.rand(3), tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match="differ"):
-        accuracy(tensor([1]), tensor([1, 2]))
-    with pytest.raises(ValueError, match="at least one"):
-        majority_share(torch.empty(0, dtype=torch.long))
-    tokens = tensor([0, 1, 2])
-    for wrong, message in (
-        ({"order": 0}, "order 0"),
-        ({"smoothing": 0}, "smoothing 0"),
-        ({"vocabulary_size": 2}, "0 to 2; 0 to 1"),
-        ({"vocabulary_size": 10_000}, "100,000,000 entries"),
-        ({"test": tensor([1])}, "rows of at least 2"),
-        ({"train": torch.rand(5)}, "torch.float32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ngram_baseline(**{"train": tokens, "test": tokens, "vocabulary_size": 3} | wrong)
-
-
-def test_the_best_constant_and_the_bigram_by_hand():
-    train, test = tensor([0, 1, 0, 1, 0, 0, 1, 0]), tensor([0, 1, 1])
-    # followers in train: 1 0 1 0 0 1 0 (four 0, three 1); the test predicts 1 1
-    constant = ngram_baseline(train, test, 2, order=1, smoothing=1e-9)
-    assert constant.cross_entropy == pytest.approx(-math.log(3 / 7)) and constant.accuracy == 0
-    # with λ = 1: p(1) = (3 + 1/2)/(7 + 1); p(1|0) = (3 + p(1))/(4 + 1), p(1|1) = (0 + p(1))/(3 + 1)
-    bigram = ngram_baseline(train, test, 2)
-    one = 3.5 / 8
-    expected = [-math.log((3 + one) / 5), -math.log(one / 4)]
-    assert bigram.losses.tolist() == pytest.approx(expected)
-    assert bigram.cross_entropy == pytest.approx(sum(expected) / 2) and bigram.accuracy == 0.5
-    # what training has never shown still costs a finite price
-    assert math.isfinite(ngram_baseline(tensor([0, 0, 0]), tensor([1, 2, 1]), 3, order=3).cross_entropy)
-
-
 def naive_losses(train: list[list[int]], test: list[list[int]], size: int, order: int, smoothing: float) -> list[float]:
     """The formula of the docstring, word for word, one token at a time."""
 
@@ -148,3 +111,25 @@ def test_counters_of_any_order_are_the_formula(order, length):
     assert baseline.losses.shape == (4, length - 1)
     assert baseline.losses.flatten().tolist() == pytest.approx(expected)
     assert baseline.cross_entropy == pytest.approx(sum(expected) / len(expected))
+    known = tensor([0, 1, 0, 1, 0, 0, 1, 0])  # followers: four 0, three 1; of a 0, three 1 and one 0
+    assert [ngram_baseline(known, tensor([0, 1, 1]), 2, order=n).accuracy for n in (1, 2)] == [0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mutual_information(torch.full((4, 2), 0.5), tensor([0, 1, 1])), r"do not lead weights \(4, 2\)"),
+        (lambda: accuracy(torch.rand(3), tensor([0, 1, 2])), "argmax"),
+        (lambda: accuracy(tensor([1]), tensor([1, 2])), "differ"),
+        (lambda: majority_share(torch.empty(0, dtype=torch.long)), "at least one"),
+        (lambda: ngram_baseline(TOKENS, TOKENS, 3, order=0), "order 0"),
+        (lambda: ngram_baseline(TOKENS, TOKENS, 3, smoothing=0), "smoothing 0"),
+        (lambda: ngram_baseline(TOKENS, TOKENS, 2), "0 to 2; 0 to 1"),
+        (lambda: ngram_baseline(TOKENS, TOKENS, 10_000), "100,000,000 entries"),
+        (lambda: ngram_baseline(TOKENS, tensor([1]), 3), "rows of at least 2"),
+        (lambda: ngram_baseline(torch.rand(5), TOKENS, 3), "torch.float32"),
+    ],
+)
+def test_misfits_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

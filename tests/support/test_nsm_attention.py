@@ -5,10 +5,7 @@ import torch
 
 from nsm_support.nsm import HybridAttention, local_attention, local_attention_reference
 from nsm_support.nsm.attention import rotate
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.support.draws import draw
 
 
 @pytest.mark.parametrize("masked", [False, True])

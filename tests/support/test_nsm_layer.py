@@ -5,12 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsm_support.nsm import NSMLayer
+from tests.support.draws import draw
 
 CHUNKS = [1, 4, 7, 64]
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def make(seed=0, **options):
@@ -113,12 +110,6 @@ def test_chunks_do_what_the_parts_say(gate_type):
         assert (forgetful - states).abs().max() > 1e-3
 
 
-def test_one_chunk_ends_in_the_states_of_the_bidirectional_mode():
-    both, causal = make(mix="read"), make(mix="read", chunk=20)
-    tokens = draw(2, 13, 16)
-    torch.testing.assert_close(both(tokens)[1], causal(tokens)[1])
-
-
 @pytest.mark.parametrize("options", [{"rotary": True}, {"gate_type": "lstm"}, {"top_k": 2}])
 @pytest.mark.parametrize("chunk", [None, *CHUNKS])
 def test_padding_changes_nothing(chunk, options):
@@ -177,19 +168,6 @@ def test_every_parameter_has_a_gradient(chunk, mix):
     (tokens.square().sum() + (0 if states is None else states.square().sum())).backward()
     without = [name for name, p in layer.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert without == []
-
-
-def test_mean_mass_is_kept_in_training():
-    for chunk in (None, 1, 4):
-        layer = make(chunk=chunk).eval()
-        before = layer.router.importance.mean_mass.clone()
-        layer(draw(2, 9, 16))
-        assert torch.equal(layer.router.importance.mean_mass, before)
-        layer.train()
-        layer(draw(2, 9, 16))
-        now = layer.router.importance.mean_mass
-        assert not torch.equal(now, before)
-        torch.testing.assert_close(now.sum().item(), 1.0)
 
 
 def test_errors():

@@ -85,17 +85,6 @@ def test_pruning_a_model_with_its_optimizer_and_loading_it_again():
     assert torch.equal(again.eval()(inputs), model.eval()(inputs))
 
 
-def test_pruning_states_of_no_importance_leaves_the_outputs():
-    model = make(input_dim=6, output_dim=3).double()
-    inputs = torch.randn(2, 9, 6, dtype=torch.float64)
-    with torch.no_grad():
-        for layer in model.layers:
-            layer.router.log_importance[1] = -40
-    before = model(inputs)
-    assert [p.removed for p in model.prune()] == [1, 1]
-    torch.testing.assert_close(model(inputs), before, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     "options",
     [

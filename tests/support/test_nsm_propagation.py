@@ -5,50 +5,7 @@ import torch
 from torch import nn
 
 from nsm_support.nsm import StatePropagator
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def test_gru_equals_torch_on_the_same_weights():
-    torch.manual_seed(0)
-    cell = nn.GRUCell(6, 6).double()
-    ours = StatePropagator(6, num_heads=0).double()
-    ours.cell.load_state_dict(cell.state_dict())
-    states = [draw(2, 3, 6).requires_grad_() for _ in range(2)]
-    mine = theirs = None
-    a, b = states
-    for step in range(4):  # several steps, so that an error in the state would grow
-        message = draw(2, 3, 6, seed=step + 1)
-        a = ours(a, message).states
-        b = cell(message.flatten(0, 1), b.flatten(0, 1)).unflatten(0, (2, 3))
-    torch.testing.assert_close(a, b)
-    mine = torch.autograd.grad(a.square().sum(), [states[0], *ours.cell.parameters()])
-    theirs = torch.autograd.grad(b.square().sum(), [states[1], *cell.parameters()])
-    for x, y in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(x, y)
-
-
-def test_lstm_equals_torch_on_the_same_weights():
-    torch.manual_seed(0)
-    cell = nn.LSTMCell(6, 6).double()
-    ours = StatePropagator(6, gate_type="lstm", num_heads=0).double()
-    ours.cell.load_state_dict(cell.state_dict())
-    h, c = draw(2, 3, 6), draw(2, 3, 6, seed=7)
-    a, b = (h, c), (h.flatten(0, 1), c.flatten(0, 1))
-    for step in range(4):
-        message = draw(2, 3, 6, seed=step + 1)
-        a = ours(a[0], message, a[1])
-        b = cell(message.flatten(0, 1), b)
-    torch.testing.assert_close(a.states.flatten(0, 1), b[0])
-    torch.testing.assert_close(a.cell.flatten(0, 1), b[1])
-    for x, y in zip(
-        torch.autograd.grad(a.states.sum(), list(ours.cell.parameters())),
-        torch.autograd.grad(b[0].sum(), list(cell.parameters())),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y)
+from tests.support.draws import draw
 
 
 def test_an_lstm_cell_begins_as_a_copy_of_the_states():
@@ -95,13 +52,6 @@ def test_states_hear_each_other_but_not_one_of_no_importance():
     assert torch.equal(after[:, :3], before[:, :3])
 
 
-def test_without_a_message_states_only_listen():
-    ours = StatePropagator(8).double()
-    states = draw(1, 4, 8)
-    assert torch.equal(ours(states).states, ours.attention(states))
-    assert torch.equal(StatePropagator(8, num_heads=0).double()(states).states, states)
-
-
 def test_states_stay_bounded_for_ever():
     torch.manual_seed(0)
     for options in ({}, {"num_heads": 0}, {"gate_type": "lstm"}):
@@ -119,3 +69,24 @@ def test_errors():
         StatePropagator(8, hidden_dim=10)
     with pytest.raises(ValueError, match=r"message = \[1, 3, 8\]; accepted is \[B=1, S=4, M=8\]"):
         StatePropagator(8).double()(draw(1, 4, 8), draw(1, 3, 8))
+
+
+@pytest.mark.parametrize(("gate_type", "peer"), [("gru", nn.GRUCell), ("lstm", nn.LSTMCell)])
+def test_an_update_is_torchs_cell_on_the_same_weights(gate_type, peer):
+    torch.manual_seed(0)
+    cell, ours = peer(6, 6).double(), StatePropagator(6, gate_type=gate_type, num_heads=0).double()
+    ours.cell.load_state_dict(cell.state_dict())
+    start, memory = draw(2, 3, 6).requires_grad_(), draw(2, 3, 6, seed=7) if gate_type == "lstm" else None
+    a, b = (start, memory), start.flatten(0, 1) if memory is None else (start.flatten(0, 1), memory.flatten(0, 1))
+    for step in range(4):  # several steps, so that an error in the state would grow
+        message = draw(2, 3, 6, seed=step + 1)
+        a, b = ours(a[0], message, a[1]), cell(message.flatten(0, 1), b)
+    for mine, theirs in zip(a, (b, None) if memory is None else b, strict=True):
+        assert theirs is None or torch.allclose(mine.flatten(0, 1), theirs, rtol=1e-9, atol=1e-12)
+    last = b if memory is None else b[0]
+    grads = [
+        torch.autograd.grad(out.square().sum(), [start, *module.parameters()], retain_graph=True)
+        for out, module in ((a[0], ours.cell), (last, cell))
+    ]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)

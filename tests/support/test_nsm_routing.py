@@ -7,10 +7,7 @@ import torch
 
 from nsm_support.nsm import TokenToStateRouter, read_write, read_write_reference, write
 from nsm_support.nsm.routing import routing_weights
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.support.draws import draw
 
 
 @pytest.fixture

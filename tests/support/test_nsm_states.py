@@ -34,11 +34,6 @@ def test_initial_states_are_learned_and_distinct():
     assert torch.equal(manager.initial.grad, torch.full((5, 7), 3.0))
 
 
-def test_given_states_come_back_as_they_are():
-    given = torch.randn(2, 5, 7)
-    assert StateManager(5, 7)(given) is given
-
-
 def test_scores_are_fair_shares():
     importance = Importance(4)
     assert torch.equal(importance.scores(), torch.ones(4))
@@ -150,13 +145,6 @@ def test_allocate_splits_the_busiest_state(layer):
     assert (layer.state_manager.initial[7] - layer.state_manager.initial[3]).abs().max() > 0.01
 
 
-def test_allocate_stops_at_max_states(layer):
-    layer.state_manager.allocate()
-    layer.state_manager.allocate()
-    with pytest.raises(ValueError, match=r"all 8 states \(max_states\) are in use"):
-        layer.state_manager.allocate()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -166,6 +154,7 @@ def test_allocate_stops_at_max_states(layer):
         (lambda: StateManager(4, 8, importance=Importance(5)), "has 5 states, this manager 4"),
         (lambda: StateManager(4, 8)(), "give initial_states .* or batch_size"),
         (lambda: StateManager(4, 8)(torch.zeros(2, 4, 7)), r"initial_states = \[2, 4, 7\]; accepted is \[B, S=4, M=8\]"),
+        (lambda: StateManager(4, 8, max_states=4).allocate(), r"all 4 states \(max_states\) are in use"),
         (lambda: StateManager(4, 8).prune([4]), r"keep takes at least one index of 0 … 3, got \[4\]"),
         (lambda: StateManager(4, 8, max_states=5).allocate(torch.zeros(7)), r"vector = \[7\]; accepted is \[M=8\]"),
     ],

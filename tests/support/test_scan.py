@@ -1,19 +1,16 @@
 """Scans against their definitions, token by token, in value and in gradient."""
 
-import math
+from functools import partial
 
 import pytest
 import torch
 
 from nsm_support.mixers import scan
 from nsm_support.mixers.scan import selective_scan, selective_scan_reference, ssd_scan, ssd_scan_reference
+from tests.support.draws import draw
 
 LENGTHS = (1, 63, 64, 200)
 SIZES = ((1, 1, 1), (3, 5, 4), (2, 40, 16))  # batch, channels, N
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def selective_inputs(batch, channels, N, T, rate=1.0):
@@ -109,24 +106,6 @@ def test_no_decay_is_a_running_sum(layout):
     torch.testing.assert_close(y, torch.einsum("bcnt,bnt->bct", torch.einsum("bct,bnt->bcnt", delta * u, B).cumsum(-1), C))
 
 
-@pytest.mark.parametrize("first", [1, 20, 64])
-def test_a_sequence_in_two_parts_is_the_whole(first, layout):
-    u, delta, A, B, C, D, state = selective_inputs(2, 5, 4, 65)
-    whole, last = selective_scan(u, delta, A, B, C, D, initial_state=state, return_last_state=True)
-    parts = []
-    for part in (slice(None, first), slice(first, None)):
-        y, state = run(selective_scan, [u[..., part], delta[..., part], A, B[..., part], C[..., part], D, state])
-        parts.append(y)
-    torch.testing.assert_close(torch.cat(parts, -1), whole)
-    torch.testing.assert_close(state, last)
-
-
-@pytest.mark.parametrize("T", [1, 5, 11])
-def test_gradients_of_the_selective_scan_by_differences(T, layout):
-    inputs = [x.requires_grad_() for x in selective_inputs(2, 3, 2, T)]
-    assert torch.autograd.gradcheck(lambda *x: run(selective_scan, x), inputs)
-
-
 @pytest.mark.parametrize("position", [0, 15, 16, 63, 64, 99])
 def test_selective_scan_is_causal_to_the_bit(position, layout):
     u, delta, A, B, C, D, state = (x.float() for x in selective_inputs(2, 40, 16, 100))
@@ -159,14 +138,6 @@ def test_the_two_outputs_are_the_inputs_dtype_or_the_wider():
     assert run(selective_scan, mixed)[0].dtype == torch.float64
 
 
-def test_layouts_hold_every_token_with_little_padding():
-    for width in (1, 100, 1_024, 8_192, 32_768, 1_000_000):
-        for T in (*range(1, 300), 1_000, 4_096, 100_003):
-            layout = scan._Layout.of(T, width, torch.device("cpu"))
-            assert T <= math.prod(layout) < T + layout.segments * layout.chunks
-            assert layout.length <= scan.LONGEST
-
-
 @pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize(("groups", "chunk"), [(None, 64), (1, 16), (2, 7), (4, 1), (2, 1_000)])
 def test_ssd_scan_is_its_definition(groups, chunk, T):
@@ -193,23 +164,6 @@ def test_one_large_decay_costs_the_ssd_scan_no_digits():
     torch.testing.assert_close(y[:, 2:].double(), truth[:, 2:], rtol=1e-4, atol=1e-5 * truth[:, 2:].abs().max().item())
 
 
-@pytest.mark.parametrize("first", [1, 20, 64])
-def test_ssd_scan_in_two_parts_is_the_whole(first):
-    x, delta, A, B, C, D, state = ssd_inputs(2, 4, 3, 5, 65)
-    whole = run(ssd_scan, [x, delta, A, B, C, D, state], chunk=16)
-    parts = []
-    for part in (slice(None, first), slice(first, None)):
-        y, state = run(ssd_scan, [x[:, part], delta[:, part], A, B[:, part], C[:, part], D, state], chunk=16)
-        parts.append(y)
-    torch.testing.assert_close((torch.cat(parts, 1), state), whole)
-
-
-@pytest.mark.parametrize("groups", [None, 2])
-def test_gradients_of_the_ssd_scan_by_differences(groups):
-    inputs = [x.requires_grad_() for x in ssd_inputs(1, 2, 2, 2, 7, groups)]
-    assert torch.autograd.gradcheck(lambda *x: run(ssd_scan, x, chunk=3), inputs)
-
-
 @pytest.mark.parametrize("position", [0, 15, 16, 99])
 def test_ssd_scan_is_causal_to_the_bit(position):
     x, delta, A, B, C, D, state = (v.float() for v in ssd_inputs(2, 4, 8, 16, 100))
@@ -223,49 +177,24 @@ def test_ssd_scan_is_causal_to_the_bit(position):
         assert not torch.equal(after[:, position], before[:, position])
 
 
-def test_both_scans_agree_where_they_are_the_same_recurrence():
-    """One decay for all of A, and heads one channel wide."""
-    u, delta, A, B, C, D, state = selective_inputs(2, 5, 4, 33)
-    A = A[:, :1]
-    y, last = run(selective_scan, [u, delta, A.expand(-1, 4), B, C, D, state])
-    other = run(ssd_scan, [u.mT[..., None], delta.mT, A[:, 0], B.mT, C.mT, D, state[:, :, None]], chunk=8)
-    torch.testing.assert_close((y.mT[..., None], last[:, :, None]), other)
-
-
 @pytest.mark.parametrize(
-    ("index", "change", "message"),
+    ("function", "index", "change", "message"),
     [
-        (0, lambda x: x[..., :0], r"u = \[2, 5, 0\]; accepted is at least one token"),
-        (1, lambda x: x[..., 1:], r"delta = \[2, 5, 6\]; accepted is \[B=2, C=5, T=7\]"),
-        (5, lambda x: x[:, None], r"D = \[5, 1\]; accepted is \[C=5\]"),
-        (6, lambda x: x[..., :1], r"initial_state = \[2, 5, 1\]; accepted is \[B=2, C=5, N=4\]"),
-        (0, lambda x: x.long(), "dtype = torch.int64; accepted is real floats"),
+        (selective_scan, 0, lambda x: x[..., :0], r"u = \[2, 5, 0\]; accepted is at least one token"),
+        (selective_scan, 1, lambda x: x[..., 1:], r"delta = \[2, 5, 6\]; accepted is \[B=2, C=5, T=7\]"),
+        (selective_scan, 5, lambda x: x[:, None], r"D = \[5, 1\]; accepted is \[C=5\]"),
+        (selective_scan, 6, lambda x: x[..., :1], r"initial_state = \[2, 5, 1\]; accepted is \[B=2, C=5, N=4\]"),
+        (selective_scan, 0, lambda x: x.long(), "dtype = torch.int64; accepted is real floats"),
+        (ssd_scan, 1, lambda x: x.mT, r"delta = \[2, 4, 7\]; accepted is \[B=2, T=7, H=4\]"),
+        (ssd_scan, 3, lambda x: x[:, :, None].expand(-1, -1, 3, -1), r"C = \[2, 7, 5\]; accepted is \[B=2, T=7, G=3, N=5\]"),
+        (ssd_scan, 6, lambda x: x.mT, r"initial_state = \[2, 4, 5, 3\]; accepted is \[B=2, H=4, P=3, N=5\]"),
+        (partial(ssd_scan, chunk=1.5), 0, lambda x: x, r"chunk = 1\.5; accepted is a whole number"),
     ],
 )
-def test_what_does_not_fit_the_selective_scan_is_named(index, change, message):
-    inputs = selective_inputs(2, 5, 4, 7)
+def test_what_does_not_fit_is_named(function, index, change, message):
+    inputs = selective_inputs(2, 5, 4, 7) if function is selective_scan else ssd_inputs(2, 4, 3, 5, 7)
     inputs[index] = change(inputs[index])
     with pytest.raises(ValueError, match=message):
-        run(selective_scan, inputs)
-
-
-@pytest.mark.parametrize(
-    ("index", "change", "message"),
-    [
-        (1, lambda x: x.mT, r"delta = \[2, 4, 7\]; accepted is \[B=2, T=7, H=4\]"),
-        (3, lambda x: x[:, :, None].expand(-1, -1, 3, -1), r"C = \[2, 7, 5\]; accepted is \[B=2, T=7, G=3, N=5\]"),
-        (6, lambda x: x.mT, r"initial_state = \[2, 4, 5, 3\]; accepted is \[B=2, H=4, P=3, N=5\]"),
-    ],
-)
-def test_what_does_not_fit_the_ssd_scan_is_named(index, change, message):
-    inputs = ssd_inputs(2, 4, 3, 5, 7)
-    inputs[index] = change(inputs[index])
-    with pytest.raises(ValueError, match=message):
-        run(ssd_scan, inputs)
-
-
-def test_other_arguments_that_do_not_fit_the_ssd_scan_are_refused():
+        run(function, inputs)
     with pytest.raises(ValueError, match="heads = 4, groups = 3; accepted is groups of equal size"):
         run(ssd_scan, ssd_inputs(2, 4, 3, 5, 7, groups=3))
-    with pytest.raises(ValueError, match=r"chunk = 1\.5; accepted is a whole number"):
-        run(ssd_scan, ssd_inputs(2, 4, 3, 5, 7), chunk=1.5)

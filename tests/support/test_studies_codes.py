@@ -1,6 +1,5 @@
 """A training of a crystalline transformer: what it returns is what its own model gives."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -86,22 +85,6 @@ def test_the_bottleneck_is_chosen_by_what_the_run_says():
         assert result.tensors["untrained"]["after"].name == expected.name
         names.append(expected.name)
     assert names == ["block 1, mlp", "block 0, mlp"]
-
-
-def test_the_untrained_network_is_the_one_that_the_seed_begins_with(result):
-    torch.manual_seed(4)
-    model = CrystallineTransformer(MODEL).eval()
-    machine = FiniteStateMachine(SIZES)
-    validation = held_out_strings(machine, "validation", 30, 12)
-    with torch.no_grad():
-        logits, infos = model(validation.tokens)
-    first = result.history[0]
-    expected = F.cross_entropy(logits.flatten(0, 1), validation.targets.flatten()).item()
-    assert first["cross_entropy"] == pytest.approx(expected, rel=1e-5) and math.isnan(first["train_loss"])
-    counts = contingency(infos[0]["attn"]["hard_codes"], validation.after, 4)
-    assert torch.equal(result.tensors["after, block 0, attn"][0], counts)
-    assert first["temperature"] == 1.0 and result.history[-1]["temperature"] == pytest.approx(0.5)
-    assert result.history[-1]["cross_entropy"] < first["cross_entropy"]
 
 
 @pytest.mark.parametrize("name", ["fsm", "ambiguous", "parity"])

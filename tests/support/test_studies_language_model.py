@@ -20,7 +20,6 @@ from nsm_support.studies.language_model import (
     windows,
 )
 from nsm_support.studies.protocol import measure
-from nsm_support.training import CheckpointError
 
 V = 270
 CONFIG = BlockFFNConfig(
@@ -192,15 +191,3 @@ def test_models_of_two_kinds_or_of_none_are_refused(text, tmp_path):
         with pytest.raises(ValueError, match="one config"):
             save_trained(tmp_path / "models.pt", refused, read_corpus(text, V).tokenizer)
     assert not (tmp_path / "models.pt").exists()
-
-
-def test_a_damaged_file_is_refused(text, tmp_path):
-    path = tmp_path / "models.pt"
-    with pytest.raises(FileNotFoundError):
-        load_trained(path)
-    save_trained(path, models(0), read_corpus(text, V).tokenizer)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 255
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_trained(path)

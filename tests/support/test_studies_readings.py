@@ -36,23 +36,6 @@ def test_first_transition_is_the_machines_question_to_the_model():
         assert first_transition(model, []) == {"first_transition": expected.accuracy, "mass": expected.mass}
 
 
-def test_a_model_that_knows_the_edges_scores_one():
-    model = fresh()
-
-    def know(tokens):  # P(tens | node) at the node's end, and P(ones | node, tens) after that
-        node = tokens[:, 1] * 10 + tokens[:, 2]
-        joint = MACHINE.edges[node].double().view(-1, 10, 10)
-        logits = torch.full((*tokens.shape, 11), -30.0)
-        logits[:, 2, :10] = (joint.sum(2) / 10).clamp(min=1e-12).log().float()
-        last = joint[torch.arange(len(tokens)), tokens[:, 3]]
-        logits[:, 3, :10] = (last / last.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-12).log().float()
-        return logits, []
-
-    model.forward = know
-    found = first_transition(model, [])
-    assert found["first_transition"] == 1.0 and found["mass"] == pytest.approx(1.0, abs=1e-6)
-
-
 @pytest.mark.parametrize("bypass", [False, True])
 def test_a_written_code_stands_where_it_was_written_and_nowhere_else(bypass):
     model = fresh(bypass)
@@ -95,13 +78,6 @@ def test_writing_a_nodes_own_code_changes_nothing_and_another_one_does():
     assert not torch.allclose(after_writing(model, place, MACHINE, (own + 1) % 20), untouched, rtol=0.01)
 
 
-def test_a_model_in_training_is_asked_without_noise_and_stays_in_training():
-    model = fresh()
-    place = model.blocks[0].mlp_bottleneck
-    expected = after_writing(model, place, MACHINE, None)
-    assert torch.equal(after_writing(model.train(), place, MACHINE, None), expected) and model.training
-
-
 @pytest.mark.parametrize("codes", [torch.zeros(99, dtype=torch.long), torch.full((100,), 20), torch.full((100,), -1)])
 def test_codes_that_there_are_not_are_refused(codes):
     model = fresh()
@@ -122,12 +98,6 @@ def test_entropy_in_closed_form():
     both = torch.tensor([[0.25, 0.25, 0.5], [1.0, 0.0, 0.0]])  # the mean over tokens; a share of 0 adds nothing
     assert read_entropy(both) == pytest.approx(entropy(0.25, 0.25, 0.5) / math.log(3) / 2)
     assert read_entropy(p, 0) == 0 and read_entropy(p, 1e-3) == pytest.approx(0, abs=1e-9)
-
-
-def test_temperature_is_one_over_the_scale():
-    logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for scale in (0.3, 1.0, 4.0):
-        assert read_entropy((scale * logits).softmax(-1), scale) == pytest.approx(read_entropy(logits.softmax(-1)))
 
 
 @pytest.mark.parametrize(("codes", "temperature"), [(2, -1.0), (2, float("nan")), (1, 1.0)])

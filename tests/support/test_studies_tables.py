@@ -59,6 +59,7 @@ def run_first_notebook(folder: Path, monkeypatch) -> tuple[str, int]:
     space, printed = {"display": print}, io.StringIO()
     plt.close("all")
     with contextlib.redirect_stdout(printed), plt.rc_context():
+        plt.rcdefaults()  # whatever style another test has set
         for cell in cells:
             exec(compile(cell, "notebook", "exec"), space)
         figures = len(plt.get_fignums())

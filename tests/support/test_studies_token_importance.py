@@ -21,6 +21,7 @@ from nsm_support.studies.token_importance import (
     weighted_ranks,
     word_classes,
 )
+from tests.support.draws import numbers
 
 LATENT = {"attention_type": "mla", "qk_nope_head_dim": 10, "qk_rope_head_dim": 4, "q_lora_rank": 12, "kv_lora_rank": 6}
 KINDS = pytest.mark.parametrize("options", [{}, {"num_key_value_heads": 2}, LATENT], ids=["block", "grouped", "latent"])
@@ -33,10 +34,6 @@ def make(**options):
     for layer in model.layers:
         layer.mlp.path = "dense"  # one order of sums for any token
     return model
-
-
-def numbers(*shape, below=23, seed=0):
-    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random(*shape, seed=0):
@@ -61,9 +58,6 @@ def logits_of(model, tokens, positions):
         x = x + layer.scale * a.o_proj((score.softmax(-1) @ v).transpose(0, 1).flatten(-2))
         x = x + layer.scale * layer.mlp(layer.post_attention_layernorm(x))
     return model.lm_head(model.model.norm(x) / (config.token_dim / config.dim_model_base))
-
-
-# Hiding a token
 
 
 @KINDS
@@ -132,9 +126,6 @@ def test_observed_row_by_row():
         torch.testing.assert_close(seen.sparsity[:, row], (recorded <= 0).double().mean(-1))
 
 
-# Words
-
-
 def test_words_by_what_tokens_cover():
     content = "And the king’s men went, 12 of them:\nUnto Zion"
     spans = {
@@ -155,9 +146,6 @@ def test_words_by_what_tokens_cover():
     }
     assert word_classes(content, list(spans)) == list(spans.values())
     assert word_classes(content, [(18, 21), (14, 23), (27, 35)]) == ["part"] * 3, "less, or more, than a word"
-
-
-# Ranks
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -212,9 +200,6 @@ def test_what_never_changes_has_no_correlation():
         rank_correlations(x, y, weights, y[0].long())
     with pytest.raises(ValueError, match="measures hold 1"):
         rank_correlations(x, y.masked_fill(torch.arange(6) == 2, torch.nan), weights)
-
-
-# Chapters
 
 
 def test_chapters_are_drawn_whole():

@@ -16,15 +16,12 @@ from torch.nn.functional import cross_entropy
 from nsm_support.data import load_digits, load_text, split_text
 from nsm_support.tasks import IGNORE, PREFIX, SECTIONS, TASKS, Score, Task, make_task, score
 from nsm_support.tasks.listops import WORDS
+from tests.support.draws import generator
 
 GROUPS = {"parity": 2, "s3": 6, "a5": 60, "s5": 120}
 GENERATED = (*GROUPS, "recall", "selective_copying", "listops")
 REAL = ("mnist", "permuted_mnist", "verse_section", "text")
 FIRST = "In the beginning God created the heavens and the earth."
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +32,6 @@ def tasks() -> dict[str, Task]:
 def control(task: Task, start: str, length: int | None = None):
     (found,) = [control for control in task.controls_at(length) if control.name.startswith(start)]
     return found
-
-
-# The protocol --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -138,9 +132,6 @@ def test_wrong_parts_lengths_and_sizes_are_refused(tasks, name):
             task.held_out("test", size=10**6)
 
 
-# Groups --------------------------------------------------------------------------------------------------------------
-
-
 def matrix(permutation) -> np.ndarray:
     """P with P e_i = e_p[i]."""
     square = np.zeros((len(permutation),) * 2, dtype=int)
@@ -234,9 +225,6 @@ def test_group_counters_are_exact_over_all_words(tasks, name):
     assert control(task, "optimum")[1:] == (1, 0)
 
 
-# Recall and copying --------------------------------------------------------------------------------------------------
-
-
 def recalled(inputs: list[int], keys: int) -> list[int]:
     """The targets of a recall sequence, with a dict."""
     pairs = len(inputs) // 3
@@ -328,9 +316,6 @@ def test_copying_places_are_uniform_and_strings_apart():
         task.sample_batch(generator(), 2, 1)
 
 
-# ListOps -------------------------------------------------------------------------------------------------------------
-
-
 def solved(words: list[str]) -> tuple[int, int, int]:
     """The value of an expression, its depth, and its most arguments: a stack over the words."""
     stack, depth, most = [[]], 0, 0
@@ -409,9 +394,6 @@ def test_listops_distribution_control_and_parts(tasks):
     strings = [{tuple(row) for _ in range(40) for row in small.sample_batch(draws, 100).inputs.tolist()}]
     strings += [{tuple(row) for row in small.held_out(part, size=2000).inputs.tolist()} for part in ("validation", "test")]
     assert len(set.union(*strings)) == sum(map(len, strings)) == 400
-
-
-# Real data -----------------------------------------------------------------------------------------------------------
 
 
 def test_digits_are_read_as_patches_and_as_pixels_in_one_mixed_order():
@@ -557,13 +539,6 @@ def test_text_of_a_file_and_its_counters(tmp_path):
     assert chance.accuracy == pytest.approx(max(counts.values()) / targets.numel())
     with pytest.raises(FileNotFoundError):
         make_task("text", path=tmp_path / "none.txt")
-
-
-def test_a_large_alphabet_has_no_trigram(tmp_path):
-    path = tmp_path / "signs.txt"
-    signs = "".join(chr(0x4E00 + i) for i in range(400))
-    path.write_text("\n\n".join(signs[i % 100 :] * 10 for i in range(30)))
-    assert [c.name for c in make_task("text", path=path).controls] == ["chance: the commonest class", "counter: bigram"]
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -4,11 +4,6 @@ import copy
 import dataclasses
 import io
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import nsm_support
 from nsm_support.training import CheckpointError, TrainingConfig, evaluating, fit, load_model, save_model
 
 STEPS = 60
@@ -183,28 +177,6 @@ def test_cut_anywhere_and_resumed_it_is_the_uninterrupted_run(tmp_path, stop):
     assert final.resumed_at == STEPS and same(whole, done) and measured(final) == measured(history)
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_it_is_the_uninterrupted_run(tmp_path):
-    path = tmp_path / "run.pt"
-    environment = {**os.environ, "PYTHONPATH": str(Path(nsm_support.__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.3)  # somewhere between two checkpoints, or in one
-    finally:
-        process.send_signal(signal.SIGKILL)
-        out, error = process.communicate()
-    assert process.returncode == -signal.SIGKILL and (out, error) == (b"", b"")
-    whole, history = run()
-    resumed, rest = run(checkpoint=path)
-    assert 0 < rest.resumed_at < STEPS
-    assert same(whole, resumed) and measured(history) == measured(rest)
-
-
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     run(checkpoint=path)
@@ -340,18 +312,6 @@ def test_a_saved_model_is_built_again_from_its_metadata(tmp_path):
     with pytest.raises(TypeError, match=r"only tensors, numbers, strings"):
         save_model(path, model, {"path": Path("x")})
     assert same(load_model(path, lambda _: make_model()), model)  # the refusal left the file alone
-
-
-if __name__ == "__main__":  # a run slow enough to be killed half-way, and that never ends by itself
-    os.environ["NSM_BOOK_RUN"] = "1"
-    fit(
-        make_model(),
-        sample_batch,
-        loss_function,
-        settings(checkpoint=sys.argv[1]),
-        evaluate=evaluate,
-        on_step=lambda step, *_: time.sleep(0.05 if step < 40 else 600),
-    )
 
 
 def test_weight_decay_spares_what_asks_to_be_spared():

@@ -15,16 +15,10 @@ import torch
 from nsm_support.workers import run_all
 
 
-def test_results_come_in_the_order_of_the_runs_from_other_processes():
+def test_results_come_in_order_from_processes_of_one_thread_and_an_error_ends_the_call():
     assert run_all(math.factorial, range(20)) == [math.factorial(n) for n in range(20)]
     assert os.getpid() not in run_all(operator.methodcaller("__call__"), [os.getpid] * 4)
-
-
-def test_each_run_has_one_thread():
     assert run_all(operator.methodcaller("__call__"), [torch.get_num_threads] * 2) == [1, 1]
-
-
-def test_the_first_error_ends_the_call_and_the_next_call_works():
     with pytest.raises(ValueError, match="factorial"):
         run_all(math.factorial, [1, -1, 2])
     assert run_all(math.factorial, [3]) == [6]
