@@ -207,12 +207,7 @@ HARD, STATES = draw(2, 5, 4, 3, 1)
 @pytest.mark.parametrize(
     ("codes", "states", "options", "message"),
     [
-        (
-            torch.ones(2, 3, 4),
-            torch.zeros(2, 4).long(),
-            {},
-            r"\[2, 3, 4\], states = \[2, 4\]; accepted is \[B, T, K\]",
-        ),
+        (torch.ones(2, 3, 4), torch.zeros(2, 4).long(), {}, r"\[2, 3, 4\], states = \[2, 4\]; accepted is \[B, T, K\]"),
         (torch.ones(2, 3, 4), torch.full((2, 3), 3), {}, "lowest = 3, highest = 3; accepted is integers from 0 to 2"),
         (torch.ones(2, 3, 4), torch.zeros(2, 3), {}, "torch.float32"),
         (torch.full((2, 3, 4), 0.25), torch.zeros(2, 3).long(), {}, r"hard_codes = \[0.25\]; accepted is 0 and 1"),
