@@ -30,19 +30,25 @@ kernelspec:
 """  # of a page that a test writes
 
 
-def small_book(folder: Path) -> None:
-    """The small book, with the real one's pages that show results."""
+RESULTS = ("results/claims", "results/compare", "results/runs", "reference/parameters")
+
+
+def small_book(folder: Path, results: bool = False) -> None:
+    """The small book; with `results`, the real one's pages that show results stand in it."""
     shutil.copytree(SMALL, folder, dirs_exist_ok=True)
-    for name in ("_static", "results"):
-        shutil.copytree(ROOT / "book" / name, folder / "book" / name, dirs_exist_ok=True)
-    (folder / "book/reference").mkdir()
-    shutil.copy(ROOT / "book/reference/parameters.md", folder / "book/reference")
+    shutil.copytree(ROOT / "book/_static", folder / "book/_static")
+    for name in RESULTS if results else ():
+        (folder / f"book/{name}.md").parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / f"book/{name}.md", folder / f"book/{name}.md")
+        with (folder / "book/pages.yml").open("a") as pages, (folder / "_toc.yml").open("a") as toc:
+            print(f"{name}: {{budget: {{quick: 20, full: 20}}, memory: 600, reads_results: true}}", file=pages)
+            print(f"      - file: {name}", file=toc)
 
 
 class Checkout:
     """A copy of the project in a folder of its own, holding the small book."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, results: bool = False):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         for name in COPIED:
@@ -51,7 +57,7 @@ class Checkout:
                 shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, folder / name)
-        small_book(folder)
+        small_book(folder, results)
 
     def environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("NSM_BOOK", "PYTEST"))}
@@ -85,22 +91,41 @@ def checkout(tmp_path) -> Checkout:
     return Checkout(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Checkout:
-    """A checkout whose small book is built. Only to be read or copied."""
-    checkout = Checkout(tmp_path_factory.mktemp("built"))
+def _built(folder: Path, results: bool) -> Checkout:
+    checkout = Checkout(folder, results)
     code, output = checkout.book("build")
     assert code == 0, output
     return checkout
 
 
+def copied(checkout: Checkout, folder: Path) -> Checkout:
+    new = object.__new__(Checkout)
+    new.folder = folder
+    shutil.copytree(checkout.folder, folder, symlinks=True)
+    return new
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Checkout:
+    """A checkout whose small book is built. Only to be read or copied."""
+    return _built(tmp_path_factory.mktemp("built"), results=False)
+
+
+@pytest.fixture(scope="session")
+def built_with_results(tmp_path_factory) -> Checkout:
+    """The same with the pages that show results."""
+    return _built(tmp_path_factory.mktemp("results"), results=True)
+
+
 @pytest.fixture
 def copy(built, tmp_path) -> Checkout:
     """A built checkout that a test may change."""
-    checkout = object.__new__(Checkout)
-    checkout.folder = tmp_path / "copy"
-    shutil.copytree(built.folder, checkout.folder, symlinks=True)
-    return checkout
+    return copied(built, tmp_path / "copy")
+
+
+@pytest.fixture
+def copy_with_results(built_with_results, tmp_path) -> Checkout:
+    return copied(built_with_results, tmp_path / "copy")
 
 
 @pytest.fixture

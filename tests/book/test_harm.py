@@ -29,7 +29,7 @@ from tests.support.test_blockffn_checkpoint import COMMON, KINDS
 @pytest.fixture(scope="module")
 def harmed(tmp_path_factory):
     """A small book whose page has a parameter for any text: 20 accepted values of it run in one sweep, and EVIL on the page."""
-    book = Checkout(tmp_path_factory.mktemp("harmed") / "book")
+    book = Checkout(tmp_path_factory.mktemp("harmed") / "book", results=True)
     book.edit("book/group/first.md", "seed: int = 0", "words: str = 'plain'  # any text\nseed: int = 0")
     book.edit("book/group/first.md", "\nmean = ", "\nglue('said', words)\nmean = ")
     book.edit("book/group/first.md", "positive_verdict`.", "positive_verdict`, it is called {glue:text}`said`.")

@@ -45,10 +45,11 @@ def test_built_page_holds_its_numbers_box_and_profile(built):
     assert "Quick profile" in page and "This run" in page
     assert "nsm-book run group/first --profile quick -o runs" in page
     assert "The mean is 3.00, and the question is supported." in words(built, "intro")
+
+
+def test_the_results_pages_tell_of_the_runs(built_with_results):
+    built = built_with_results
     assert "how many numbers" in words(built, "reference/parameters")
-
-
-def test_the_ledger_leads_to_the_section_that_answers(built):
     page = (built.folder / "_build/html/results/claims.html").read_text()
     assert "../group/first.html#claim-positive" in page and "1 supported" in words(built, "results/claims")
     assert 'id="claim-positive"' in (built.folder / "_build/html/group/first.html").read_text()
@@ -71,8 +72,9 @@ def test_a_verdict_typed_on_a_page_without_a_run_is_not_published(copy):
     assert code == 1 and "intro: '*refuted*' is typed by hand: emphasised as only a verdict of a run is" in output, output
 
 
-def test_running_the_pages_again_is_kept_and_told(copy):
+def test_running_the_pages_again_is_kept_and_told(copy_with_results):
     """What `make test` does with nbval: the record is of whole pages, and of the run that was compared."""
+    copy = copy_with_results
     (copy.folder / "tests/book").mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("nbval_kernels.py"), copy.folder / "tests/book")
     command = [
@@ -116,7 +118,8 @@ def test_running_the_pages_again_is_kept_and_told(copy):
     assert "same, 1 cells" in told and "OTHER NUMBERS" not in told and "not run again" in told
 
 
-def test_a_sweep_is_drawn_with_links_to_its_notebooks(copy):
+def test_a_sweep_is_drawn_with_links_to_its_notebooks(copy_with_results):
+    copy = copy_with_results
     (copy.folder / "book/sweeps").mkdir()
     (copy.folder / "book/sweeps/grow.yml").write_text("page: group/first\nprofile: quick\ngrid: {count: [3, 5]}\n")
     assert copy.book("build")[0] == 0
@@ -135,8 +138,9 @@ def test_a_sweep_is_drawn_with_links_to_its_notebooks(copy):
         assert there.read_bytes() == original.read_bytes() and link in (site / "results/runs.html").read_text()
 
 
-def test_a_drawn_sweep_is_used_in_a_browser(copy):
+def test_a_drawn_sweep_is_used_in_a_browser(copy_with_results):
     """A point of one run opens its notebook, a point of several their first line in the table; axe finds no fault."""
+    copy = copy_with_results
     from axe_playwright_python.sync_playwright import Axe
 
     chromium()

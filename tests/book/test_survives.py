@@ -18,18 +18,11 @@ import psutil
 import pyarrow.parquet
 import pytest
 
-from tests.conftest import Checkout
+from tests.conftest import Checkout, copied
 
 pytestmark = pytest.mark.kernel
 SWEEP = "page: group/first\nprofile: quick\ngrid: {count: [3, 4, 5, 6]}\n"
 KEPT = "what had ended before is kept"
-
-
-def copied(checkout: Checkout, folder) -> Checkout:
-    new = object.__new__(Checkout)
-    new.folder = folder
-    shutil.copytree(checkout.folder, folder, symlinks=True)
-    return new
 
 
 @pytest.fixture(scope="module", autouse=True)
