@@ -2,10 +2,9 @@
 
 import ast
 import re
-import subprocess
-import sys
 
 import jupytext
+import jupytext.cli
 import nbformat
 import pytest
 import yaml
@@ -33,6 +32,12 @@ def page(request):
     return request.param
 
 
+@pytest.fixture(params=[page for page in PAGES if not page.reads_results], ids=lambda page: page.name)
+def study(request):
+    """A page that measures something of its own, and does not show what the others measured."""
+    return request.param
+
+
 def test_every_source_with_code_is_a_page_and_in_the_toc():
     sources = {
         str(path.relative_to(schema.BOOK).with_suffix(""))
@@ -49,10 +54,10 @@ def test_head_names_the_pair_and_the_kernel(page):
     assert jupytext.read(page.source).cells[0].source.startswith("# ")
 
 
-def test_one_parameters_cell_with_meanings_and_a_device(page):
-    found = schema.parameters(page)  # refuses anything but one cell of `name: type = default  # meaning`
+def test_one_parameters_cell_with_meanings_and_a_device(study):
+    found = schema.parameters(study)  # refuses anything but one cell of `name: type = default  # meaning`
     assert {"device"} <= found.keys() and {"seed", "seeds"} & found.keys()
-    assert schema.profile_parameters(page, "quick")
+    assert schema.profile_parameters(study, "quick")
 
 
 def test_no_cell_is_long_or_reaches_outside(page):
@@ -65,8 +70,8 @@ def test_no_cell_is_long_or_reaches_outside(page):
         assert "sys.path" not in cell.source
 
 
-def test_every_figure_goes_through_show_with_words(page):
-    shown = list(calls(page, "show"))
+def test_every_figure_goes_through_show_with_words(study):
+    shown = list(calls(study, "show"))
     names = []
     for call in shown:
         assert isinstance(call.func, ast.Name), "figure.show() has neither alt text nor a twin"
@@ -75,19 +80,19 @@ def test_every_figure_goes_through_show_with_words(page):
         assert "caption" in words
         names.append(ast.literal_eval(words["name"]))
     assert shown and len(names) == len(set(names))
-    text = page.source.read_text()
+    text = study.source.read_text()
     assert not re.search(r"plt\.show\(|!\[\]\(", text)
     for name in names:
         assert f'href="#fig-{name}"' in text, f"figure {name} is never referred to"
 
 
 @pytest.mark.built
-def test_glue_keys_resolve_and_are_used(page):
-    run = nbformat.read(page.run_file("quick"), 4)
+def test_glue_keys_resolve_and_are_used(study):
+    run = nbformat.read(study.run_file("quick"), 4)
     keys = gate.glued(run)
     used = {key for cell in run.cells if cell.cell_type == "markdown" for key in gate.GLUE_ROLE.findall(cell.source)}
     assert used and used <= keys.keys()
-    assert not gate.problems(run, page)
+    assert not gate.problems(run, study)
 
 
 def test_prose_holds_no_result_typed_by_hand(page):
@@ -115,6 +120,5 @@ def test_pairing_leaves_the_sources_as_they_are(tmp_path, page):
     """`make notebooks`, and the edit of a notebook that is taken back, must not make a page run again."""
     copy = tmp_path / page.source.name
     copy.write_text(page.source.read_text())
-    command = [sys.executable, "-m", "jupytext", "--quiet", "--sync", str(copy)]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    jupytext.cli.jupytext(["--quiet", "--sync", str(copy)])
     assert copy.with_suffix(".ipynb").exists() and copy.read_text() == page.source.read_text()
