@@ -2,10 +2,8 @@
 
 Letters: B batch, T tokens, D token width, C outputs, V vocabulary.
 
-| | every model (`Model`) | a causal one also (`StreamingModel`) | one that predicts tokens also (`LanguageModel`) |
-|---|---|---|---|
-| use | `model(inputs)`, `trace(inputs)` | `start`, `prefill`, `step` | `generate` |
-| keep | `save_pretrained`, `from_pretrained` | | |
+Every model (`Model`) has `model(inputs)`, `trace(inputs)`, `save_pretrained` and `from_pretrained`; a causal one
+(`StreamingModel`) also `start`, `prefill` and `step`; one that predicts tokens (`LanguageModel`) also `generate`.
 
 A stream is a value: no call changes it, so that stepping twice from one gives the same twice. Where a config makes a class
 look ahead, or end in a classifier, `start` and `generate` say so in a ValueError.
