@@ -25,10 +25,8 @@ SOURCES = ("previous", "own")
 class MambaSidecar(nn.Module):
     """A norm and a Mamba mixer (Gu & Dao 2023, arXiv:2312.00752), to stand where an attention stands.
 
-    It has no residual of its own: as with the attention that it replaces, the layer's residual goes around it.
-
-    Args:
-        dim: D. Other options: of `nsm_support.mixers.mamba.MambaBlock`.
+    It has no residual of its own: as with the attention that it replaces, the layer's residual goes around it. Options
+    besides the width D are those of `nsm_support.mixers.mamba.MambaBlock`.
     """
 
     def __init__(self, dim: int, **mamba: Any):

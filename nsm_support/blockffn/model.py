@@ -79,10 +79,8 @@ class BlockFFNConfig:
 def dense_twin(config: BlockFFNConfig, active_experts: float) -> BlockFFNConfig:
     """The dense model whose FFN has as many parameters as a token uses of the routed one.
 
-    These are the router's and its norm's, E·(D + 1), and 2·F·D of each active expert; a dense FFN has 2·D of each unit.
-
-    Args:
-        active_experts: mean number of experts that a token of the trained model uses: (1 − sparsity)·E.
+    These are the router's and its norm's, E·(D + 1), and 2·F·D of each active expert, of which a token of the trained model
+    uses `active_experts` on average, (1 − sparsity)·E; a dense FFN has 2·D of each unit.
     """
     active = config.num_experts * (config.token_dim + 1) + 2 * active_experts * config.expert_size * config.token_dim
     width = round(active / (2 * config.token_dim))
@@ -185,7 +183,6 @@ class BlockFFNModel(StreamedModel):
 
     def trace(self, tokens: Tensor) -> Trace:
         """`forward`, and how each layer routed the tokens, scores and logits [B,T,E] (None where a layer is dense).
-
         Raises ValueError for tokens that are not [B,T], or none.
         """
         x, routing, routed = self._embed(tokens), [], None

@@ -61,11 +61,9 @@ class GateRun(AttachedRun):
 
     def make_gate(self, layer: int, width: int) -> Gate:
         """The gate of one layer, with draws of its own."""
-        kind, _, shape = self.mode.partition("_")
-        seed = 1_000 * self.own_seed + layer
-        if kind == "inverted":
-            return InvertedGate(f"routing_{shape}", self.alpha, width=width, temperature=self.temperature, seed=seed)
-        return Gate(self.mode, self.alpha, width=width, temperature=self.temperature, seed=seed)
+        kind = InvertedGate if self.mode.startswith("inverted") else Gate
+        mode, seed = self.mode.replace("inverted", "routing"), 1_000 * self.own_seed + layer
+        return kind(mode, self.alpha, width=width, temperature=self.temperature, seed=seed)
 
     def build(self) -> BlockFFNModel:
         """The base model with sidecars and calibrated gates."""

@@ -18,7 +18,6 @@ from nsm_support.training import evaluating
 
 def read_entropy(soft_codes: Tensor, temperature: float = 1.0) -> float:
     """H(softmax(l/τ))/ln K, mean over tokens, of the logits behind soft codes softmax(l) [..., K]. At τ = 0 it is 0.
-
     Raises ValueError for a temperature below 0, or a single code.
     """
     codes = soft_codes.shape[-1]

@@ -94,10 +94,9 @@ def mask_importance(model: BlockFFNModel, windows: Tensor, places: Tensor, horiz
     """
     length = windows.shape[1] - 1
     if horizon < 1 or places.min() < 0 or places.max() + horizon > length - 1:
-        raise ValueError(
-            f"in windows of {length} tokens, {horizon} after each place count (at least 1), so that places lie "
-            f"in 0 … {length - 1 - horizon}; got {places.min().item()} … {places.max().item()}"
-        )
+        accepted = f"in windows of {length} tokens, {horizon} after each place count (at least 1)"
+        given = f"{places.min().item()} … {places.max().item()}"
+        raise ValueError(f"{accepted}, so that places lie in 0 … {length - 1 - horizon}; got {given}")
     later = torch.arange(1, horizon + 1, device=windows.device)
     rows = torch.arange(len(windows), device=windows.device).repeat_interleave(places.shape[1])
     found = []

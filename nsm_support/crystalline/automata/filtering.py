@@ -33,10 +33,8 @@ def predict(machine: Machine, tokens: Tensor) -> Tensor:
         total = belief.sum(1, keepdim=True)
         if not (total > 0).all():
             row = int((total <= 0).flatten().nonzero()[0])
-            raise ValueError(
-                f"predict: {machine.name} cannot make string {row}: no state that its first {t} tokens leave "
-                f"possible emits the token {int(token[row])}"
-            )
+            why = f"no state that its first {t} tokens leave possible emits the token {int(token[row])}"
+            raise ValueError(f"predict: {machine.name} cannot make string {row}: {why}")
         belief = belief / total
         logs.append((belief @ process.readout).log())
     return torch.stack(logs, 1)
@@ -55,8 +53,8 @@ def beliefs(machine: Machine, length: int | None = None) -> Beliefs:
     """Enumerate the beliefs that strings of up to `length` tokens lead to; None goes on until no new one is found.
     Raises ValueError if there are more than `BELIEF_LIMIT`.
     """
-    process, vocabulary = machine.process(1 if length is None else length), machine.vocab_size
-    states = machine.num_states
+    process = machine.process(1 if length is None else length)
+    states, vocabulary = machine.num_states, machine.vocab_size
     numbers = {process.start.round(decimals=ALIKE).numpy().tobytes(): 0}
     found, probability, transition = [process.start], [], []
     frontier, depth = 0, 0
@@ -77,10 +75,8 @@ def beliefs(machine: Machine, length: int | None = None) -> Beliefs:
                     found.append(belief)
                 following[row, token] = numbers[key]
             if len(found) > BELIEF_LIMIT:
-                raise ValueError(
-                    f"beliefs: {machine.name} has more than {BELIEF_LIMIT:,} beliefs after {depth} tokens; "
-                    f"a shorter length is accepted, and `predict` scores samples of any"
-                )
+                found_so_far = f"beliefs: {machine.name} has more than {BELIEF_LIMIT:,} beliefs after {depth} tokens"
+                raise ValueError(f"{found_so_far}; a shorter length is accepted, and `predict` scores samples of any")
             probability.append(total)
             transition.append(following)
         frontier = known
@@ -129,13 +125,10 @@ def controls(machine: Machine, length: int) -> list[Control]:
     joint = torch.zeros(machine.vocab_size, machine.output_dim, dtype=torch.float64)
     joint.index_add_(0, process.token, flow[:, None] * process.readout[process.target])  # P(token, target)
     shares, entropy = joint.sum(0), torch.special.entr
+    bigram = (entropy(joint).sum() - entropy(joint.sum(1)).sum()).item()
     return [
         Control("chance: the commonest target", shares.max().item(), entropy(shares).sum().item()),
-        Control(
-            "counter: the last token",
-            joint.max(1).values.sum().item(),
-            (entropy(joint).sum() - entropy(joint.sum(1)).sum()).item(),
-        ),
+        Control("counter: the last token", joint.max(1).values.sum().item(), bigram),
         Control("optimum: forward filtering", best.accuracy.mean().item(), best.cross_entropy.mean().item()),
     ]
 

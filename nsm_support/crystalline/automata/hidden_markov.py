@@ -18,10 +18,7 @@ from nsm_support.crystalline.automata.machines import UNDEFINED, Machine, Proces
 class HiddenMarkovModel(Machine):
     """A machine whose strings are its own: the target is the next token, the state the one that emitted the token.
 
-    Args:
-        name: of the machine.
-        start, source, token, target, probability: of its `Process`.
-        vocab_size: V.
+    `start`, `source`, `token`, `target` and `probability` are those of its `Process`.
     """
 
     def __init__(
@@ -62,9 +59,7 @@ class FSMConfig:
 class TableMachine(HiddenMarkovModel):
     """A generator whose next state is a table of state and token; tokens of a state are equally likely.
 
-    Args:
-        start: [S] distribution of the first state.
-        transition: [S, V] int64, the next state; UNDEFINED where the state does not have the token.
+    `start` [S] is the distribution of the first state, `transition` [S, V] int64 the table; UNDEFINED is for no such token.
     """
 
     def __init__(self, name: str, config: FSMConfig, start: Tensor, transition: Tensor):

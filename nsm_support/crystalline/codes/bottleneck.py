@@ -151,7 +151,9 @@ class Bottleneck(nn.Module):
         indices = choose(noisy, k)  # (N, k)
         output = F.embedding_bag(indices, self.codebook, mode="mean")
         if self.training:
-            output = straight_through(output, self._relaxed(flat, noisy)) if self.initialised else flat
+            # What gradients see in place of the codes: x; for a learned τ also the mixture Σ_k softmax(l + τ g)_k c_k.
+            relaxed = flat if self.log_temperature is None else flat + noisy.softmax(-1) @ self.codebook.clone()
+            output = straight_through(output, relaxed) if self.initialised else flat
         output = output.view_as(x)
         soft = soft.unflatten(0, x.shape[:-1])
         hard = torch.zeros_like(soft).scatter_(-1, indices.view(*x.shape[:-1], k), 1.0)
@@ -174,10 +176,6 @@ class Bottleneck(nn.Module):
         indices = choose(scores, self.config.num_codes_k)
         output = F.embedding_bag(indices, self.codebook, mode="mean")
         return indices.view(*x.shape[:-1], -1), output.view_as(x)
-
-    def _relaxed(self, x: Tensor, noisy: Tensor) -> Tensor:
-        """What gradients see in place of the codes: x; and for a learned τ also the mixture Σ_k softmax(l + τ g)_k c_k."""
-        return x if self.log_temperature is None else x + noisy.softmax(-1) @ self.codebook.clone()
 
     @torch.no_grad()
     def _initialise(self, x: Tensor) -> None:
