@@ -4,6 +4,7 @@ Letters: T tokens, E experts (blocks), L layers.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -56,16 +57,16 @@ def routing_measures(scores: Sequence[Tensor]) -> dict[str, float]:
     blocks alone that some token here uses. And `dead_experts`, how many blocks of all layers none does. Raises ValueError for
     fewer than 64 tokens, or if a layer uses no block at all.
     """
-    measures: dict[str, list[float]] = {}
+    measures: dict[str, list[float]] = defaultdict(list)
     dead = [dead_experts(layer) for layer in scores]
     if any(layer.all() for layer in dead):
         raise ValueError("a layer uses no block for any token: nothing is left to measure")
     for layer, unused in zip(scores, dead, strict=True):
         for ending, kept in (("", layer), ("_alive", layer[..., ~unused])):
-            measures.setdefault(f"token_sparsity{ending}", []).append(token_sparsity(kept).mean().item())
+            measures[f"token_sparsity{ending}"].append(token_sparsity(kept).mean().item())
             for size in CHUNKS:
-                measures.setdefault(f"chunk_{size}_sparsity{ending}", []).append(chunk_sparsity(kept, size).mean().item())
-                measures.setdefault(f"chunk_{size}_scattered{ending}", []).append(scattered_sparsity(kept, size))
+                measures[f"chunk_{size}_sparsity{ending}"].append(chunk_sparsity(kept, size).mean().item())
+                measures[f"chunk_{size}_scattered{ending}"].append(scattered_sparsity(kept, size))
     means = {name: sum(values) / len(values) for name, values in measures.items()}
     return means | {"dead_experts": float(sum(int(layer.sum()) for layer in dead))}
 

@@ -80,16 +80,16 @@ class RecurrentRun(Run[SeededMachines]):
             tokens, targets = sample.tokens.to(self.device).expand(len(model), -1, -1), sample.targets.to(self.device)
             outputs = model(tokens).logits.argmax(-1) if has_codes else predict_continuous(model, tokens)
             accuracies.append((outputs == targets).double().mean((1, 2)).tolist())
-        accuracies.append(accuracies[1])
         if has_codes:
-            accuracies[2] = (predict_relaxed(model, tokens) == targets).double().mean((1, 2)).tolist()
+            soft = (predict_relaxed(model, tokens) == targets).double().mean((1, 2)).tolist()
             automata = model.automata()
         else:
+            soft = accuracies[1]
             automata = [cluster_automaton(model, machine, e, g) for e, g in enumerate(model.generators)]
         names = ("accuracy", "accuracy_long", "accuracy_soft")
         rows = [
             {"seed": seed, **compare(automaton, machine)._asdict(), **dict(zip(names, shares, strict=True))}
-            for seed, automaton, *shares in zip(self.seeds, automata, *accuracies, strict=True)
+            for seed, automaton, *shares in zip(self.seeds, automata, *accuracies, soft, strict=True)
         ]
         return Scores(rows)
 
@@ -128,10 +128,8 @@ def cluster_automaton(
     codes = torch.from_numpy(clusters.labels_).long().view(tokens.shape)
     automaton = vote(codes, tokens, predict_continuous(model, expanded)[e].cpu(), K, V).automaton
     middles = torch.cat([torch.from_numpy(clusters.cluster_centers_), states[:1, 0]]).repeat_interleave(V, 0)  # ((K+1)·V, D)
-    following = model.step_continuous(
-        middles.to(expanded.device).expand(len(model), -1, -1),
-        torch.arange(V, device=expanded.device).repeat(K + 1).expand(len(model), -1),
-    )
+    read = torch.arange(V, device=expanded.device).repeat(K + 1).expand(len(model), -1)
+    following = model.step_continuous(middles.to(expanded.device).expand(len(model), -1, -1), read)
     own = torch.from_numpy(clusters.predict(following[e].cpu().numpy())).long().view(K + 1, V)
     return automaton._replace(transition=torch.where(automaton.transition == UNDEFINED, own, automaton.transition))
 

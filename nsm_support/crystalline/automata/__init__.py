@@ -9,14 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from nsm_support.crystalline.automata.filtering import Beliefs, Optimum, beliefs, controls, optimum, predict, predictive_automaton
-from nsm_support.crystalline.automata.hidden_markov import (
-    AmbiguousFSM,
-    FiniteStateMachine,
-    FirstTransition,
-    FSMConfig,
-    HiddenMarkovModel,
-    TokFSM,
-)
+from nsm_support.crystalline.automata.hidden_markov import AmbiguousFSM, FiniteStateMachine, FSMConfig, HiddenMarkovModel, TokFSM
 from nsm_support.crystalline.automata.machines import UNASKED, UNDEFINED, Automaton, Machine, Process, Sample
 from nsm_support.crystalline.automata.structure import Survey, refine, survey, table_edges
 from nsm_support.crystalline.automata.transducers import TOMITA, Transducer, modular_counter, permutation_group, tomita
@@ -34,7 +27,7 @@ MACHINES: dict[str, Callable[[], Machine]] = {
 
 __all__ = [
     "MACHINES", "UNASKED", "UNDEFINED", "AmbiguousFSM", "Automaton", "Beliefs", "FSMConfig", "FiniteStateMachine",
-    "FirstTransition", "HiddenMarkovModel", "Machine", "Optimum", "Process", "Sample", "Survey", "TokFSM", "Transducer",
+    "HiddenMarkovModel", "Machine", "Optimum", "Process", "Sample", "Survey", "TokFSM", "Transducer",
     "beliefs", "controls", "make_machine", "modular_counter", "optimum", "permutation_group", "predict", "predictive_automaton",
     "refine", "survey", "table_edges", "tomita",
 ]  # fmt: skip
