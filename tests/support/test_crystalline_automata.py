@@ -369,19 +369,6 @@ def test_beliefs_that_never_close_are_refused(monkeypatch):
         beliefs(hidden_markov(0))
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(2, 4))
-def test_no_predictor_beats_the_filter(seed, states, tokens):
-    machine = hidden_markov(seed, states, tokens)
-    train, test = (machine.sample_batch(random(part), size, 40).tokens for part, size in ((0, 800), (1, 400)))
-    logs = predict(machine, test)
-    torch.testing.assert_close(logs.exp().sum(2), torch.ones(test.shape, dtype=torch.float64))
-    best = -logs[:, :-1].gather(2, test[:, 1:, None])[..., 0]
-    for order in (1, 2, 3, 4):
-        ahead = (best - ngram_baseline(train, test, tokens, order=order).losses).mean(1)  # (strings,)
-        assert ahead.mean() < 5 * ahead.std() / math.sqrt(len(ahead)) + 1e-9, order
-
-
 def test_survey_of_the_seeds_machine():
     fsm = seeds_machine()
     found = survey(fsm, 32)

@@ -135,28 +135,6 @@ def test_first_loss_is_that_of_knowing_nothing():
     assert abs(loss.item() - np.log(24)) < 0.5
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"token_dim": 18, "num_heads": 4}, "token_dim = 18, num_heads = 4; accepted is token_dim a multiple of 2 · num_heads"),
-        ({"num_layers": 0}, "num_layers = 0; accepted is a whole number"),
-        ({"positions": "sine"}, "positions = 'sine'; accepted is one of 'rotary', 'learned'"),
-        ({"dropout": 1.0}, r"dropout = 1\.0"),
-        ({"embedding_std": 0.0}, r"embedding_std = 0\.0"),
-    ],
-)
-def test_config_errors(options, message):
-    with pytest.raises(ValueError, match=message):
-        CrystallineConfig(**({"vocab_size": 5} | options))
-
-
-def test_shape_errors():
-    with pytest.raises(ValueError, match="T = 41; accepted is at most max_length = 40"):
-        build()(tokens(B=1, T=41))
-    with pytest.raises(ValueError, match=r"tokens = \[9\]; accepted is \[B, T\]"):
-        build()(tokens()[0])
-
-
 @pytest.mark.slow
 def test_cells_of_seed_003_run_with_other_imports(capsys):
     """The seed notebook's code cells as they stand, but for its imports, its plots of curves, and fewer steps."""
@@ -170,3 +148,23 @@ def test_cells_of_seed_003_run_with_other_imports(capsys):
     assert history["temperature"] == pytest.approx([2.0, 2.0 - 1.7 * 50 / 101, 2.0 - 1.7 * 100 / 101])
     assert 0 <= alignment["purity"] <= 1 and 4 <= alignment["active_codes"] <= 32
     assert "Training complete!" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: build(token_dim=18, num_heads=4),
+            "token_dim = 18, num_heads = 4; accepted is token_dim a multiple of 2 · num_heads",
+        ),
+        (lambda: build(num_layers=0), "num_layers = 0; accepted is a whole number"),
+        (lambda: build(positions="sine"), "positions = 'sine'; accepted is one of 'rotary', 'learned'"),
+        (lambda: build(dropout=1.0), r"dropout = 1\.0"),
+        (lambda: build(embedding_std=0.0), r"embedding_std = 0\.0"),
+        (lambda: build()(tokens(B=1, T=41)), "T = 41; accepted is at most max_length = 40"),
+        (lambda: build()(tokens()[0]), r"tokens = \[9\]; accepted is \[B, T\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -111,7 +111,7 @@ def test_chunks_do_what_the_parts_say(gate_type):
 
 
 @pytest.mark.parametrize("options", [{"rotary": True}, {"gate_type": "lstm"}, {"top_k": 2}])
-@pytest.mark.parametrize("chunk", [None, *CHUNKS])
+@pytest.mark.parametrize("chunk", [None, 1, 4])
 def test_padding_changes_nothing(chunk, options):
     layer = make(chunk=chunk, **options)
     tokens, mask = draw(2, 15, 16), torch.arange(15) < torch.tensor([[15], [6]])

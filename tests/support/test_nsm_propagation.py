@@ -62,15 +62,6 @@ def test_states_stay_bounded_for_ever():
         assert states.abs().max() < 10
 
 
-def test_errors():
-    with pytest.raises(ValueError, match="gate_type = 'rnn'; accepted is one of 'gru', 'lstm'"):
-        StatePropagator(8, gate_type="rnn")
-    with pytest.raises(ValueError, match=r"hidden_dim = 10, num_heads = 4; accepted is a multiple of num_heads"):
-        StatePropagator(8, hidden_dim=10)
-    with pytest.raises(ValueError, match=r"message = \[1, 3, 8\]; accepted is \[B=1, S=4, M=8\]"):
-        StatePropagator(8).double()(draw(1, 4, 8), draw(1, 3, 8))
-
-
 @pytest.mark.parametrize(("gate_type", "peer"), [("gru", nn.GRUCell), ("lstm", nn.LSTMCell)])
 def test_an_update_is_torchs_cell_on_the_same_weights(gate_type, peer):
     torch.manual_seed(0)
@@ -90,3 +81,19 @@ def test_an_update_is_torchs_cell_on_the_same_weights(gate_type, peer):
     ]
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: StatePropagator(8, gate_type="rnn"), "gate_type = 'rnn'; accepted is one of 'gru', 'lstm'"),
+        (lambda: StatePropagator(8, hidden_dim=10), "hidden_dim = 10, num_heads = 4; accepted is a multiple of num_heads"),
+        (
+            lambda: StatePropagator(8)(torch.zeros(1, 4, 8), torch.zeros(1, 3, 8)),
+            r"message = \[1, 3, 8\]; accepted is \[B=1, S=4, M=8\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -37,6 +37,8 @@ def test_forward_returns_tokens_and_the_mean_over_heads(router):
     assert routed.shape == (2, 7, 16) and weights.shape == (2, 7, 5) and routing.weights.shape == (2, 4, 7, 5)
     assert torch.equal(weights, routing.weights.mean(1))
     torch.testing.assert_close(routing.weights.sum(-1), torch.ones(2, 4, 7, dtype=torch.float64))
+    raw = TokenToStateRouter(16, 12, 5, use_softmax=False).double().route(tokens, states)
+    assert torch.equal(raw.weights, raw.logits)
     assert (routing.weights[:, 0] - routing.weights[:, 1]).abs().max() > 0.01, "heads differ"
 
 
@@ -85,29 +87,22 @@ def test_strength_grows_with_mass_from_zero_to_one(router):
     torch.testing.assert_close(router.strength(router.log_half_mass.exp()).item(), 0.5)
 
 
-def test_raw_compatibilities_of_the_prototype():
-    router = TokenToStateRouter(16, 12, 5, use_softmax=False).double()
-    tokens, states = draw(2, 7, 16), draw(2, 5, 12, seed=1)
-    routing = router.route(tokens, states)
-    assert torch.equal(routing.weights, routing.logits)
-    assert torch.equal(router(tokens, states)[1], routing.logits.mean(1))
-
-
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("call", "message"),
     [
-        ({"token_dim": 18}, r"token_dim = 18, num_heads = 4; accepted is a multiple of num_heads"),
-        ({"top_k": 6}, r"top_k = 6; accepted is None or 1 … num_states, 5"),
-        ({"temperature": 0.0}, "temperature = 0.0; accepted is above 0"),
+        (lambda: TokenToStateRouter(18, 12, 5), r"token_dim = 18, num_heads = 4; accepted is a multiple of num_heads"),
+        (lambda: TokenToStateRouter(16, 12, 5, top_k=6), r"top_k = 6; accepted is None or 1 … num_states, 5"),
+        (lambda: TokenToStateRouter(16, 12, 5, temperature=0.0), "temperature = 0.0; accepted is above 0"),
+        (
+            lambda: TokenToStateRouter(16, 12, 5)(draw(2, 7, 15), draw(2, 5, 12)),
+            r"tokens = \[2, 7, 15\]; accepted is \[B, T, D=16\]",
+        ),
+        (
+            lambda: TokenToStateRouter(16, 12, 5)(draw(2, 7, 16), draw(3, 5, 12)),
+            r"states = \[3, 5, 12\]; accepted is \[B=2, S=5, M=12\]",
+        ),
     ],
 )
-def test_constructor_errors(options, message):
+def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
-        TokenToStateRouter(**({"token_dim": 16, "state_dim": 12, "num_states": 5} | options))
-
-
-def test_shape_errors(router):
-    with pytest.raises(ValueError, match=r"tokens = \[2, 7, 15\]; accepted is \[B, T, D=16\]"):
-        router(draw(2, 7, 15), draw(2, 5, 12))
-    with pytest.raises(ValueError, match=r"states = \[3, 5, 12\]; accepted is \[B=2, S=5, M=12\]"):
-        router(draw(2, 7, 16), draw(3, 5, 12))
+        call()

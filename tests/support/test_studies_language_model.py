@@ -144,11 +144,6 @@ def test_what_training_says_of_the_model_is_so(run, trained):
     assert last["validation_loss"] == read_windows(model, inputs[chosen], targets[chosen])[0]
 
 
-def test_a_dense_model_trains_alike_without_routing(run):
-    found = measure(replace(run, model=dense_twin(CONFIG, 2.0), steps=2))
-    assert set(found.rows[0]) == {"seed", "part", "loss", "seconds"} and "token_sparsity" not in found.history[-1]
-
-
 def test_training_reads_no_held_out_chapter(run, trained, monkeypatch):
     corpus = read_corpus(run.text, V)
     tokens = corpus.tokens._replace(
