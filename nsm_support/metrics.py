@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TABLE_LIMIT = 2**25
-"""Most entries that a counter's table may have (256 MB of float64)."""
+from nsm_support.checks import Shape, check
+
+TABLE_LIMIT = 2**25  #: most entries that a counter's table may have (256 MB of float64)
 
 
 class Baseline(NamedTuple):
@@ -26,38 +27,28 @@ class Baseline(NamedTuple):
 
 def _weights(weights: Tensor, function: str) -> Tensor:
     """Routing weights as float64, or an error: each row is a distribution over the states."""
-    if not weights.is_floating_point() or weights.ndim < 1 or weights.numel() == 0:
-        raise ValueError(
-            f"{function}: weights are {weights.dtype} {tuple(weights.shape)}; floating point [..., S] is accepted, at "
-            f"least one token and one state"
-        )
+    fits = weights.is_floating_point() and weights.ndim > 0 and weights.numel() > 0
+    given = f"{weights.dtype} {tuple(weights.shape)}"
+    check(function, fits, "floating point [..., S], at least one token and one state", weights=given)
     weights = weights.detach().double()
     if not torch.isfinite(weights).all():
         raise ValueError(f"{function}: the weights hold NaN or infinity")
     error = (weights.sum(-1) - 1).abs().max().item()
-    if weights.min() < 0 or error > 1e-3:
-        raise ValueError(
-            f"{function}: each row of the weights has to be a distribution over the last axis, not negative and of "
-            f"sum 1; got a least weight of {weights.min().item():.3g} and a sum that is {error:.3g} off"
-        )
+    accepted = "a distribution in each row over the last axis, not negative and of sum 1"
+    least = weights.min().item()
+    check(function, least >= 0 and error <= 1e-3, accepted, **{"least weight": least, "largest error of a sum": error})
     return weights
 
 
 def _labels(labels: Tensor, function: str) -> Tensor:
-    if labels.is_floating_point() or labels.is_complex() or labels.numel() == 0:
-        raise ValueError(
-            f"{function}: labels are {labels.dtype} {tuple(labels.shape)}; at least one integer class is needed "
-            f"(of logits take `.argmax(-1)` first)"
-        )
+    fits = not (labels.is_floating_point() or labels.is_complex()) and labels.numel() > 0
+    accepted = "at least one integer class (of logits take `.argmax(-1)` first)"
+    check(function, fits, accepted, labels=f"{labels.dtype} {tuple(labels.shape)}")
     return labels
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Share of predictions that are right.
-
-    Args:
-        predictions: [...] predicted classes, integers; of logits take `.argmax(-1)` first.
-        labels: [...] true classes.
+    """Share of predicted classes [...] that equal the labels [...], both integers; of logits take `.argmax(-1)` first.
 
     Raises ValueError if the shapes differ, nothing is given, or the predictions are not integers.
     """
@@ -69,10 +60,7 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
 
 
 def majority_share(labels: Tensor) -> float:
-    """Share of the commonest class: the accuracy, and the purity, that knowing nothing gives.
-
-    Args:
-        labels: [...] classes, integers.
+    """Share of the commonest class among labels [...]: the accuracy, and the purity, that knowing nothing gives.
 
     Raises ValueError if there are none or they are not integers.
     """
@@ -81,28 +69,19 @@ def majority_share(labels: Tensor) -> float:
 
 
 def routing_entropy(weights: Tensor) -> Tensor:
-    """Normalised entropy of each token's routing, H/ln S: 0 for one state alone, 1 for all alike.
+    """Normalised entropy of each token's routing weights [..., S], H/ln S: 0 for one state alone, 1 for all alike.
 
     With a single state there is nothing to choose, and the entropy is 0.
-
-    Args:
-        weights: [..., S] routing weights, each row a distribution.
-
     Returns [...] float64, between 0 and 1. Raises ValueError if a row is not a distribution.
     """
     weights = _weights(weights, "routing_entropy")
     entropy = torch.special.entr(weights).sum(-1)  # (...,)
     states = weights.shape[-1]
-    if states == 1:
-        return torch.zeros_like(entropy)
-    return (entropy / torch.tensor(states, dtype=torch.float64).log().item()).clamp(0, 1)
+    return torch.zeros_like(entropy) if states == 1 else (entropy / math.log(states)).clamp(0, 1)
 
 
 def state_load(weights: Tensor) -> Tensor:
-    """Share of all routing mass that each state receives.
-
-    Args:
-        weights: [..., S] routing weights, each row a distribution.
+    """Share of all routing mass that each state receives, from routing weights [..., S].
 
     Returns [S] float64 of sum 1; 1/S each if the load is balanced. Raises ValueError if a row is not a distribution.
     """
@@ -127,10 +106,7 @@ def mutual_information(weights: Tensor, labels: Tensor) -> float:
     weights = _weights(weights, "mutual_information")
     labels = _labels(labels, "mutual_information").to(weights.device)
     if labels.ndim < 1 or labels.ndim >= weights.ndim or labels.shape != weights.shape[: labels.ndim]:
-        raise ValueError(
-            f"mutual_information: labels {tuple(labels.shape)} do not lead weights {tuple(weights.shape)}; [N] and "
-            f"[N, ..., S] are accepted"
-        )
+        raise ValueError(f"mutual_information: labels {tuple(labels.shape)} do not lead weights {tuple(weights.shape)}")
     mass = weights.flatten(labels.ndim, -2).mean(labels.ndim) if weights.ndim > labels.ndim + 1 else weights
     mass = mass.flatten(0, -2)  # (units, S): all tokens of a unit count alike
     classes, index = labels.flatten().unique(return_inverse=True)
@@ -149,30 +125,23 @@ def ngram_baseline(train: Tensor, test: Tensor, vocabulary_size: int, *, order: 
     first of each row; near a row's start the longest context there is serves.
 
     Args:
-        train: [..., T] tokens to count.
-        test: [..., T'] tokens to predict, on the same device.
-        vocabulary_size: V; tokens are 0 … V−1.
+        train, test: tokens to count [..., T] and to predict [..., T'], on one device; 0 … V−1, with V = `vocabulary_size`.
         order: tokens in a count, the predicted one included.
         smoothing: λ in counts, above 0.
 
     Raises ValueError if a token lies outside the vocabulary, a row is shorter than 2, or V^order passes 2^25 entries.
     """
-    if order < 1 or not smoothing > 0:
-        raise ValueError(f"ngram_baseline: order {order}, smoothing {smoothing}; at least 1 and above 0 are accepted")
-    if vocabulary_size**order > TABLE_LIMIT:
-        raise ValueError(
-            f"ngram_baseline: {vocabulary_size} tokens at order {order} need a table of {vocabulary_size**order:,} "
-            f"entries; up to {TABLE_LIMIT:,} are accepted: lower the order or the vocabulary"
-        )
+    check("ngram_baseline", order >= 1 and smoothing > 0, "at least 1 and above 0", order=order, smoothing=smoothing)
+    entries = vocabulary_size**order
+    accepted = f"up to {TABLE_LIMIT:,}: lower the order or the vocabulary"
+    check("ngram_baseline", entries <= TABLE_LIMIT, accepted, **{"entries of the table": entries})
     for name, tokens in (("train", train), ("test", test)):
         _labels(tokens, f"ngram_baseline, {name}")
-        if tokens.ndim < 1 or tokens.shape[-1] < 2:
-            raise ValueError(f"ngram_baseline: {name} has shape {tuple(tokens.shape)}; rows of at least 2 are accepted")
-        if tokens.min() < 0 or tokens.max() >= vocabulary_size:
-            raise ValueError(
-                f"ngram_baseline: {name} holds tokens from {tokens.min().item()} to {tokens.max().item()}; "
-                f"0 to {vocabulary_size - 1} are accepted"
-            )
+        rows = tokens.ndim > 0 and tokens.shape[-1] > 1
+        check("ngram_baseline", rows, "rows of at least 2", **{f"shape of {name}": tuple(tokens.shape)})
+        least, most = tokens.min().item(), tokens.max().item()
+        known = 0 <= least <= most < vocabulary_size
+        check("ngram_baseline", known, f"0 to {vocabulary_size - 1}", **{f"tokens of {name}": (least, most)})
 
     def contexts(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The numbers of all contexts of `length` tokens, and the tokens that follow them (never a row's first)."""
@@ -220,10 +189,8 @@ def token_losses(
     Raises ValueError for tokens of another shape, a window below 1, or a stride outside 1 … window.
     """
     stride = window if stride is None else stride
-    if tokens.dim() != 1 or len(tokens) < 2:
-        raise ValueError(f"tokens have shape [n], n at least 2; got {list(tokens.shape)}")
-    if window < 1 or not 1 <= stride <= window:
-        raise ValueError(f"window is at least 1 and stride lies in 1 … window; got {window!r} and {stride!r}")
+    check("token_losses", tokens.dim() == 1 and len(tokens) > 1, "[n], n at least 2", tokens=Shape(tokens.shape))
+    check("token_losses", 1 <= stride <= window, "1 ≤ stride ≤ window", window=window, stride=stride)
     n = len(tokens) - 1  # tokens to score
     window = min(window, n)
     starts = torch.arange(0, n - window + stride, stride).clamp(max=n - window).tolist()

@@ -76,8 +76,8 @@ def test_labels_of_whole_units_count_for_all_their_tokens():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (tensor([[0.5, 0.6], [0.5, 0.5]]), "0.1 off"),
-        (tensor([[-0.5, 1.5], [0.5, 0.5]]), "least weight of -0.5"),
+        (tensor([[0.5, 0.6], [0.5, 0.5]]), "error of a sum = 0.1"),
+        (tensor([[-0.5, 1.5], [0.5, 0.5]]), "least weight = -0.5"),
         (tensor([[float("nan"), 1], [0, 1]]), "NaN"),
         (tensor([[0, 1], [1, 0]]), "torch.int64"),
         (torch.empty(0, 4), r"\(0, 4\)"),
