@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsm_support.checks import check
 from nsm_support.data import Split, Text, load_text, split_text
 from nsm_support.extras import extra
 
@@ -36,8 +37,7 @@ def train_tokenizer(content: str, vocab_size: int) -> Tokenizer:
 
     Raises ValueError for a `vocab_size` below 256, or more than the text has pairs for.
     """
-    if vocab_size < SMALLEST:
-        raise ValueError(f"vocab_size is at least {SMALLEST}, a token for each byte; got {vocab_size!r}")
+    check("train_tokenizer", vocab_size >= SMALLEST, f"at least {SMALLEST}, a token for each byte", vocab_size=vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -30,10 +30,8 @@ def _lstm_layer(inputs, input_weight, hidden_weight, *_, out_shape=None, **__) -
 
 # What torch's counter takes for nothing, though kernels of the CPU (and any code with vectors) go through it.
 FORMULAS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *given, **_: sdpa_backward_flop_count(*given[:4]),
     aten.mkldnn_rnn_layer: _lstm_layer,
     aten.mkldnn_rnn_layer_backward: lambda *shapes, **__: 2 * _lstm_layer(*shapes),
     aten.mv: lambda matrix, vector, **_: 2 * prod(matrix),
@@ -124,8 +122,8 @@ def peak_memory(prepare: str, *arguments: Any, warm_up: tuple | None = None, dev
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(task), capture_output=True, env=environment)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise RuntimeError(f"peak_memory: the process for {prepare} ended with exit code {done.returncode}: {said}")
+        errors = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"peak_memory: the process for {prepare} ended with exit code {done.returncode}: {errors}")
     result = pickle.loads(done.stdout)
     if isinstance(result, str):
         raise RuntimeError(f"peak_memory: {prepare} failed: {result}")
@@ -195,8 +193,6 @@ def match_parameters(build: Callable[[int], nn.Module], parameters: int, widths:
             raise ValueError("match_parameters: no width was given to choose from")
         width = min(counts, key=lambda width: abs(counts[width] - parameters))
         if abs(counts[width] - parameters) > 0.05 * parameters:
-            raise ValueError(
-                f"no width gives {parameters:,} parameters within 5 %; nearest is width {width} with {counts[width]:,}, of "
-                f"{len(counts)} widths from {min(counts)} to {max(counts)}"
-            )
+            nearest = f"width {width} with {counts[width]:,}, of {len(counts)} widths from {min(counts)} to {max(counts)}"
+            raise ValueError(f"no width gives {parameters:,} parameters within 5 %; nearest is {nearest}")
         return width, build(width)

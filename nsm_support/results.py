@@ -5,6 +5,7 @@ and `nsm_book.collect` both find them. Nothing is written beside the notebook bu
 """
 
 import math
+import operator
 import os
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ NUMBERS = ("estimate", "low", "high", "n")
 GLUE_MIME = "application/papermill.record/text/plain"
 RULE = re.compile(r"^(estimate|low|high) (<|<=|>|>=) (-?\d+(?:\.\d+)?)$")
 SIGNS = {"<": "below", "<=": "at most", ">": "above", ">=": "at least"}
-COMPARE = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
+COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 class Claim(NamedTuple):
@@ -36,13 +37,10 @@ class Interval(Protocol):
 
     @property
     def estimate(self) -> float: ...
-
     @property
     def low(self) -> float: ...
-
     @property
     def high(self) -> float: ...
-
     @property
     def n(self) -> int: ...
 
@@ -111,13 +109,14 @@ def verdict(rule: dict[str, Any], *, estimate: float, low: float, high: float, n
     if n < rule["min_n"]:
         return "undecided"
     values = {"estimate": estimate, "low": low, "high": high}
-    holds = {}
+    holding = []
     for word in ("supported", "refuted"):
         name, sign, bound = parse(rule[word])
-        holds[word] = COMPARE[sign](values[name], float(bound))
-    if all(holds.values()):
+        if COMPARE[sign](values[name], float(bound)):
+            holding.append(word)
+    if len(holding) == 2:
         raise ValueError(f"both 'supported: {rule['supported']}' and 'refuted: {rule['refuted']}' hold for {values}")
-    return next((word for word, true in holds.items() if true), "undecided")
+    return holding[0] if holding else "undecided"
 
 
 def in_words(comparison: str) -> str:
@@ -151,9 +150,10 @@ def _upward(name: str) -> Path | None:
 
 def _claims_file() -> Path | None:
     """The questions of the book at hand: the file that NSM_BOOK_CLAIMS names, else the nearest `book/claims.yml`, if any."""
+    if given := os.environ.get("NSM_BOOK_CLAIMS"):
+        return Path(given)
     folder = _upward("book/claims.yml")
-    nearest = folder / "book" / "claims.yml" if folder else None
-    return Path(os.environ["NSM_BOOK_CLAIMS"]) if os.environ.get("NSM_BOOK_CLAIMS") else nearest
+    return folder / "book/claims.yml" if folder else None
 
 
 def claim(id: str, found: Interval | None = None, *, measured: bool = False, **numbers: float) -> Claim:
@@ -199,13 +199,10 @@ def _product(name: str, variable: str) -> Path:
         raise ValueError(f"product {name!r}: accepts a relative path inside the store, such as 'visualization/digits.pt'")
     if variable in os.environ:
         return Path(os.environ[variable]) / path
-    checkout = _upward("book/pages.yml")
-    if checkout is None:
-        raise FileNotFoundError(
-            f"product {name!r}: there is no store; accepts a folder in {variable}, or a checkout (that holds book/pages.yml) "
-            f"at {Path.cwd()} or above it"
-        )
-    return checkout / "_build" / "products" / "interactive" / path
+    if (checkout := _upward("book/pages.yml")) is None:
+        where = f"a folder in {variable}, or a checkout (that holds book/pages.yml) at {Path.cwd()} or above it"
+        raise FileNotFoundError(f"product {name!r}: there is no store; accepts {where}")
+    return checkout / "_build/products/interactive" / path
 
 
 def write_product(name: str) -> Path:
@@ -229,8 +226,6 @@ def read_product(name: str) -> Path:
         stores = path.parents[len(Path(name).parts)]
         path = next((at for profile in ("interactive", "full", "quick") if (at := stores / profile / name).exists()), path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"product {name!r} is not at {path}: run the page that makes it first (book/pages.yml "
-            f"says which; `make book` runs them in order)"
-        )
+        advice = "run the page that makes it first (book/pages.yml says which; `make book` runs them in order)"
+        raise FileNotFoundError(f"product {name!r} is not at {path}: {advice}")
     return path

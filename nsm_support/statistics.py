@@ -14,12 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 9_999
-FEW = 10
-"""Below so many units a mean gets Student's interval: the bootstrap's is far too narrow there."""
-MANY = 2_000
-"""Above so many units the bootstrap is a percentile one: the BCa correction needs n² steps and no longer matters."""
-CHUNK = 2**22
-"""Values resampled at once, so that memory does not grow with the number of units."""
+FEW = 10  #: below so many units a mean gets Student's interval: the bootstrap's is far too narrow there
+MANY = 2_000  #: above so many units the bootstrap is a percentile one: BCa needs n² steps and no longer matters
+CHUNK = 2**22  #: values resampled at once, so that memory does not grow with the number of units
 
 
 class Estimate(NamedTuple):
@@ -64,15 +61,11 @@ def _sample(values: ArrayLike, function: str, name: str = "values") -> NDArray[n
 
 
 def t_interval(values: ArrayLike) -> Estimate:
-    """Mean and Student's 95 % interval, mean ± t(0.975, n−1)·s/√n: the one for a few runs.
+    """Mean of values [n], one a run, and Student's 95 % interval, mean ± t(0.975, n−1)·s/√n: the one for a few runs.
 
     Right for normally distributed values at any n ≥ 2. Over 3 seeds it is wide, and has to be: a bootstrap over 3 values, which
-    can only draw these three again, covers the true mean about 3 times in 4 instead of 19 in 20.
-
-    Args:
-        values: [n], one value a run, in any unit.
-
-    Raises ValueError if n < 2, or a value is NaN or infinite.
+    can only draw these three again, covers the true mean about 3 times in 4 instead of 19 in 20. Raises ValueError if n < 2, or
+    a value is NaN or infinite.
     """
     from scipy.special import stdtrit
 
@@ -85,10 +78,7 @@ def t_interval(values: ArrayLike) -> Estimate:
 
 
 def share_interval(hits: ArrayLike) -> Estimate:
-    """Share of units that hit, and Wilson's 95 % interval (Wilson 1927): it has a width also where all or none do.
-
-    Args:
-        hits: [n], a truth value for each unit.
+    """Share of units [n] that hit, and Wilson's 95 % interval (Wilson 1927): it has a width also where all or none do.
 
     Raises ValueError if there is none, or a value that is neither 0 nor 1.
     """
@@ -136,28 +126,16 @@ def bootstrap_interval(*samples: ArrayLike, statistic: Callable[..., Any] = np.m
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a degenerate resample is told from its interval, below
         for method in ("BCa", "percentile") if n <= MANY else ("percentile",):
-            interval = bootstrap(
-                data,
-                statistic,
-                n_resamples=RESAMPLES,
-                batch=max(1, CHUNK // n),
-                paired=True,
-                method=method,
-                confidence_level=CONFIDENCE,
-                rng=np.random.default_rng(seed),
-            ).confidence_interval
-            low, high = float(interval.low), float(interval.high)
+            options = {"method": method, "confidence_level": CONFIDENCE, "rng": np.random.default_rng(seed), "paired": True}
+            resampled = bootstrap(data, statistic, n_resamples=RESAMPLES, batch=max(1, CHUNK // n), **options)
+            low, high = (float(end) for end in resampled.confidence_interval)
             if np.isfinite([low, high]).all():
                 return Estimate(estimate, min(low, estimate), max(high, estimate), n)
     raise ValueError("bootstrap_interval: the statistic is NaN or infinite on some resamples of the units")
 
 
 def mean_interval(values: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Mean and 95 % interval: Student's below 10 units, the bootstrap's from 10 on.
-
-    Args:
-        values: [n], one value a unit.
-        seed: of the resampling.
+    """Mean of values [n], one a unit, and 95 % interval: Student's below 10 units, from 10 on the bootstrap's by the seed.
 
     Raises ValueError as `t_interval` and `bootstrap_interval`.
     """
@@ -166,11 +144,7 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Estimate:
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, *, seed: int = 0) -> Estimate:
-    """Mean of first − second over pairs (same unit, same seed, same fold), with the interval of `mean_interval`.
-
-    Args:
-        first, second: [n] each, in the same order of units.
-        seed: of the resampling.
+    """Mean of first − second [n] over pairs (same unit, same seed, same fold), with the interval of `mean_interval`.
 
     Raises ValueError if the lengths differ, n < 2, or a value is NaN or infinite.
     """
@@ -212,11 +186,8 @@ def permutation_null(
     not one row a patch, or the null comes out too narrow.
 
     Args:
-        statistic: takes `values` and shuffled `labels`, returns a number; more means more related.
-        values: whatever `statistic` takes.
-        labels: array or tensor [n, …].
-        permutations: how many shuffles; the least p-value is 1/(permutations + 1).
-        seed: of the shuffles.
+        statistic: takes `values` and shuffled `labels` (an array or tensor [n, …]), returns a number; more means more related.
+        permutations: how many shuffles by the seed; the least p-value is 1/(permutations + 1).
 
     Returns the observed statistic, the null [permutations], and p = (1 + #(null ≥ observed))/(1 + permutations). Raises
     ValueError if there are fewer than 2 labels or 1 permutation, or the statistic is NaN or infinite.
