@@ -105,12 +105,8 @@ def stratified_split(labels: Tensor, fold: int = 0, *, folds: int = 5, seed: int
     digits in five folds 3,500 are for training, 500 for validation, 1,000 for the test. The split depends on labels, folds and
     seed alone, so that all models are compared on the same one.
 
-    Args:
-        labels: [N] classes, integers, at least 2 · folds of each.
-        fold: which one, 0 to folds − 1; folds is at least 2.
-        seed: of the shuffle.
-
-    Returns positions in `labels`, each part shuffled. Raises ValueError for a fold or a class that is too small for it.
+    Labels [N] are integers, at least 2 · folds of each class. Returns positions in them, each part shuffled by the seed. Raises
+    ValueError for a fold that is not 0 to folds − 1, or a class that is too small for it.
     """
     if folds < 2 or not 0 <= fold < folds:
         raise ValueError(f"stratified_split: fold {fold} of {folds}; at least 2 folds, numbered from 0, are accepted")

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, get_type_hints, ru
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from nsm_support.checks import check, check_choice, check_shape
 from nsm_support.files import write_json, write_whole
@@ -48,36 +48,26 @@ class Model(Protocol):
     config: Any
 
     def __call__(self, inputs: Tensor) -> Any: ...
-
-    def trace(self, inputs: Tensor) -> Any:
-        """A NamedTuple with `outputs`, and what is inside."""
-
+    def trace(self, inputs: Tensor) -> Any: ...  # a NamedTuple with `outputs`, and what is inside
     def save_pretrained(self, folder: str | Path) -> None: ...
-
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self: ...
 
 
 @runtime_checkable
 class StreamingModel(Model, Protocol):
-    """Reads tokens as they come. All three methods record no gradients, and equal the full pass up to rounding."""
+    """Reads tokens as they come, as `StreamedModel` says. No method records gradients; all equal the full pass up to rounding."""
 
-    def start(self, batch_size: int) -> Any:
-        """The stream before the first token. A ValueError where the config makes the model look ahead."""
-
-    def prefill(self, inputs: Tensor) -> tuple[Tensor, Any]:
-        """The first T tokens [B,T,·] at once → outputs as of a full pass, and the stream after them."""
-
-    def step(self, inputs: Tensor, stream: Any) -> tuple[Tensor, Any]:
-        """The next token of each sequence [B,·] → outputs [B,C] at its place, and the stream after it."""
+    def start(self, batch_size: int) -> Any: ...
+    def prefill(self, inputs: Tensor) -> tuple[Tensor, Any]: ...
+    def step(self, inputs: Tensor, stream: Any) -> tuple[Tensor, Any]: ...
 
 
 @runtime_checkable
 class LanguageModel(StreamingModel, Protocol):
-    """Predicts the next of V tokens at every place."""
+    """Predicts the next of V tokens at every place, and generates as `StreamedModel.generate` says."""
 
-    def generate(self, prompt: Tensor, length: int, **options: Any) -> Tensor:
-        """The prompt [B,T] and `length` tokens more [B,T+length], as `StreamedModel.generate` says."""
+    def generate(self, prompt: Tensor, length: int, **options: Any) -> Tensor: ...
 
 
 class PretrainedModel(nn.Module):
@@ -101,8 +91,7 @@ class PretrainedModel(nn.Module):
         state = self.state_dict()
         fits = expected == {name: value.shape for name, value in state.items()}
         check(self, fits, "a model with the weights of its config", model="a part was put in another's place")
-        kept = {name: state[name].detach().cpu().contiguous() for name in _distinct(state)}
-        weights = safetensors.torch.save(kept)
+        weights = safetensors.torch.save({name: state[name].detach().cpu().contiguous() for name in _distinct(state)})
         digest, folder = sha256(weights).hexdigest(), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"model-{digest[:16]}.safetensors"
@@ -205,7 +194,7 @@ class StreamedModel(PretrainedModel):
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> Tensor:
         """The prompt [B,T], and `length` tokens more, each drawn from what the model predicts: [B,T+length].
 
@@ -249,9 +238,8 @@ class SequenceModel(StreamedModel):
         self.config, self.causal = config, causal
         D = config.token_dim
         self.embed = nn.Linear(config.input_dim, D) if config.vocab_size is None else nn.Embedding(config.vocab_size, D)
-        self.position = None
-        if config.positions == "learned":
-            self.position = nn.Parameter(torch.randn(config.max_length, D) * 0.3)
+        learned = config.positions == "learned"
+        self.position = nn.Parameter(torch.randn(config.max_length, D) * 0.3) if learned else None
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(head_dim or D, config.output_dim or config.vocab_size)
@@ -279,7 +267,7 @@ class SequenceModel(StreamedModel):
             check_choice(self, (torch.bool,), **{"mask.dtype": mask.dtype})
 
 
-def draw(logits: Tensor, temperature: float, top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+def draw(logits: Tensor, temperature: float, top_k: int | None = None, generator: Generator | None = None) -> Tensor:
     """One of V tokens [B,1] by logits [B,V], as in `StreamedModel.generate`."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)

@@ -69,10 +69,8 @@ def _folder() -> Path:
         for place in (above / "_build/results/full", above / "_build/results/quick"):
             if (place / "book.json").exists():
                 return place
-    raise FileNotFoundError(
-        f"no result store: NSM_BOOK_RESULTS is not set, and neither {here} nor a folder above it holds "
-        "_build/results/PROFILE/book.json, which `make book` writes"
-    )
+    wanted = f"_build/results/PROFILE/book.json, which `make book` writes, in {here} or above it"
+    raise FileNotFoundError(f"no result store: NSM_BOOK_RESULTS is not set, and there is no {wanted}")
 
 
 def read_store(folder: Path | None = None) -> Store:
@@ -106,11 +104,10 @@ def read_store(folder: Path | None = None) -> Store:
 def _answer(claim: dict[str, Any], run: dict[str, Any] | None) -> dict[str, Any]:
     """A page's answer to a claim. With n = 0, which measured nothing that was asked, estimate and interval are NaN."""
     values = run["values"] if run else {}
-    keys = [claim["id"], *(f"{claim['id']}_{field}" for field in ANSWER[1:])]
+    name, page = claim["id"], claim["page"]
+    keys = [name, *(f"{name}_{field}" for field in ANSWER[1:])]
     if missing := [key for key in keys if key not in values]:
-        raise ValueError(
-            f"result store: the run of {claim['page']} does not answer the claim {claim['id']!r}: has no {missing[0]}"
-        )
+        raise ValueError(f"result store: the run of {page} does not answer the claim {name!r}: has no {missing[0]}")
     given = dict(zip(ANSWER, (values[key]["value"] for key in keys), strict=True))
     given["reason"] = reason(claim["rule"], given["verdict"], given["n"])
     return given if given["n"] else {**given, "estimate": math.nan, "low": math.nan, "high": math.nan}

@@ -183,10 +183,8 @@ class _Run:
         known = {id(parameter) for parameter in held}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and id(parameter) not in known:
-                raise RuntimeError(
-                    f"fit: {name} was made after the optimiser, which would not train it: make it in "
-                    f"the model's __init__, or give it to the optimiser in on_step"
-                )
+                advice = "make it in the model's __init__, or give it to the optimiser in on_step"
+                raise RuntimeError(f"fit: {name} was made after the optimiser, which would not train it: {advice}")
         value, norm = loss.item(), nn.utils.clip_grad_norm_(held, self.config.gradient_clip).item()
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise FloatingPointError(f"fit: at step {self.step} the loss is {value}, its gradient {norm}: not taken")
@@ -211,23 +209,15 @@ class _Run:
                 try:
                     record[name] = float(value)
                 except (TypeError, ValueError, RuntimeError) as error:
-                    raise ValueError(
-                        f"fit: evaluate returned {name!r}, a {type(value).__name__}; each has to be one number"
-                    ) from error
+                    kind = type(value).__name__
+                    raise ValueError(f"fit: evaluate returned {name!r}, a {kind}; each has to be one number") from error
         self.history.records.append(record)
 
     def save(self, path: Path) -> None:
-        _write_tensors(
-            path,
-            {
-                "config": self.identity,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "random": [self.generator.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()],
-                "counters": [self.step, self.loss_sum, self.loss_count, self.seconds, self.rate],
-                "records": self.history.records,
-            },
-        )
+        state = {"config": self.identity, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["random"] = [self.generator.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()]
+        state["counters"] = [self.step, self.loss_sum, self.loss_count, self.seconds, self.rate]
+        _write_tensors(path, {**state, "records": self.history.records})
 
     def resume(self, path: Path) -> None:
         state = _read_tensors(path, "config")
@@ -290,10 +280,8 @@ def _read_tensors(path: Path, kind: str) -> dict[str, Any]:
             raise zipfile.BadZipFile("a checksum does not fit")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # its own words advise to read the file without this check
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint (it holds more than tensors, numbers and text, so it was not "
-            f"opened): remove it and run again"
-        ) from None
+        reason = "it holds more than tensors, numbers and text, so it was not opened"
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason}): remove it and run again") from None
     except Exception as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint ({error}): remove it and run again") from error
     if kind not in content:
