@@ -47,12 +47,12 @@ def intervals(
         middle = np.array([one.estimate for _, one in mine])
         reach = np.array([[one.estimate - one.low, one.high - one.estimate] for _, one in mine]).reshape(-1, 2).T
         where = np.array([place for place, _ in mine])
-        points: dict[str, Any] = (
-            {"x": where, "y": middle, "yerr": reach} if vertical else {"x": middle, "y": where, "xerr": reach}
-        )
-        axes.errorbar(**points, color=ink, marker=marker, label=label, **look)
+        points = (where, middle, reach) if vertical else (middle, where, None, reach)
+        axes.errorbar(*points, color=ink, marker=marker, label=label, **look)
     if isinstance(estimates, Mapping):
-        _name_rows(axes, places, list(estimates), vertical)
+        set_ticks, set_limits = (axes.set_xticks, axes.set_xlim) if vertical else (axes.set_yticks, axes.set_ylim)
+        set_ticks(places, list(estimates))
+        set_limits(*((-0.5, len(rows) - 0.5) if vertical else (len(rows) - 0.5, -0.5)))
 
 
 def _marks(axes: Any, values: ArrayLike, place: float, marker: str, color: str, vertical: bool) -> None:
@@ -60,9 +60,3 @@ def _marks(axes: Any, values: ArrayLike, place: float, marker: str, color: str, 
     spread = np.asarray(values, dtype=float).ravel(), np.full(np.size(values), place)
     size = 13.0 if marker == "|" else 4.0
     axes.plot(*(spread[::-1] if vertical else spread), marker, color=color, ms=size, alpha=0.55, zorder=1)
-
-
-def _name_rows(axes: Any, places: Any, names: list[str], vertical: bool) -> None:
-    set_ticks, set_limits = (axes.set_xticks, axes.set_xlim) if vertical else (axes.set_yticks, axes.set_ylim)
-    set_ticks(places, names)
-    set_limits(*((-0.5, len(names) - 0.5) if vertical else (len(names) - 0.5, -0.5)))

@@ -34,14 +34,9 @@ class Line:
         found = [{"type": "scatter", "x": x, "y": y, "mode": mode, "line": line, "name": self.label}]
         if self.band is not None:
             low, high = map(_listed, self.band)
-            around: dict[str, Any] = {
-                "x": [*x, *x[::-1]],
-                "y": [*high, *low[::-1]],
-                "fill": "toself",
-                "opacity": 0.3,
-                "hoverinfo": "skip",
-            }
-            found.insert(0, {"type": "scatter", **around, "line": {"width": 0, "color": self.color}, "name": ""})
+            around = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "line": {"width": 0, "color": self.color}}
+            look = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip"}
+            found.insert(0, {"type": "scatter", **around, **look, "name": ""})
         return found
 
     def draw(self, axes: Any) -> None:
@@ -93,12 +88,10 @@ class Heat:
     def traces(self) -> list[dict[str, Any]]:
         steps = [] if isinstance(self.colors, str) else [(i, c) for i, c in enumerate(self.colors)]
         scale = [[(i + end) / len(steps), c] for i, c in steps for end in (0, 1)] or self.colors
-        names = {"x": self.x, "y": self.y}
-        data: dict[str, Any] = {"z": _listed(self.z), **{key: list(value) for key, value in names.items() if value is not None}}
+        data: dict[str, Any] = {"z": _listed(self.z), "hovertemplate": "%{y}, %{x}: %{z}<extra></extra>"}
+        data |= {key: list(names) for key, names in (("x", self.x), ("y", self.y)) if names is not None}
         if self.notes is not None:
             data |= {"text": np.asarray(self.notes).tolist(), "hovertemplate": "%{text}<extra></extra>"}
-        else:
-            data["hovertemplate"] = "%{y}, %{x}: %{z}<extra></extra>"
         if self.numbers:
             data["texttemplate"] = "%{z}"
         gap = int(max(np.shape(self.z)) <= 24)
@@ -178,12 +171,10 @@ def explore(
     Args:
         draw: takes one choice of each control, in order, and returns the panels; as many lines and tables whatever is chosen.
         controls: label → choices, as `show` has them.
-        columns: of panels.
         stills: the choices that the still figure shows, under one another, each named in its titles; that with which the page
             opens if none is given.
-        heights, widths: of the rows and of the columns of panels, relatively.
-        height: of plotly's figure in pixels.
-        size: of the still figure in inches.
+        heights, widths: of the rows and of the `columns` of panels, relatively.
+        height, size: of plotly's figure in pixels, of the still figure in inches.
 
     Raises ValueError if two choices have other lines or tables.
     """
@@ -201,9 +192,7 @@ def _frames(traces: dict[tuple[Any, ...], Traces], opening: tuple[Any, ...]) -> 
     """For each choice what changes in its traces. Raises ValueError for traces of another kind than the opening's."""
     for choice, found in traces.items():
         if [one["type"] for one in found] != [one["type"] for one in traces[opening]]:
-            raise ValueError(
-                f"explore: {choice!r} has other lines or tables than {opening!r}; accepted: the same for every choice"
-            )
+            raise ValueError(f"explore: {choice!r} has other lines or tables than {opening!r}; all choices have the same")
     changing = {
         (i, key)
         for found in traces.values()

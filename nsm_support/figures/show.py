@@ -13,20 +13,9 @@ from typing import Any
 PALETTE = ("#3182bd", "#d95f0e", "#1b9e77", "#c05a9f", "#8a8a1c", "#6a6fd0", "#808080")
 """The book's colours, at least 3 to 1 on white and on the dark theme's ground, told apart by the colour-blind."""
 
-COLORS = {
-    "trained": PALETTE[0],
-    "untrained": PALETTE[6],
-    "random": PALETTE[1],
-    "chance": PALETTE[6],
-    "optimum": PALETTE[2],
-    "nsm": PALETTE[0],
-    "transformer": PALETTE[1],
-    "lstm": PALETTE[2],
-    "gru": PALETTE[3],
-    "mamba": PALETTE[5],
-    "counter": PALETTE[4],
-    "cnn": PALETTE[4],
-}
+BLUE, ORANGE, GREEN, PINK, OLIVE, VIOLET, GREY = PALETTE
+COLORS = {"trained": BLUE, "untrained": GREY, "random": ORANGE, "chance": GREY, "optimum": GREEN}
+COLORS |= {"nsm": BLUE, "transformer": ORANGE, "lstm": GREEN, "gru": PINK, "mamba": VIOLET, "counter": OLIVE, "cnn": OLIVE}
 """One colour for one model or control, throughout the book."""
 
 INK, GRID = "#1b1c1d", "#c7c8c9"  # stand-ins in the SVG, which the page replaces by its own theme's colours
@@ -35,10 +24,7 @@ _shown_before = False  # in a live notebook the first figure brings plotly.js al
 
 
 def setup_style(context: str = "notebook") -> None:
-    """Set Matplotlib's defaults to the book's look.
-
-    Args:
-        context: `notebook` (the book), `paper` or `talk`: the scale of text and lines.
+    """Set Matplotlib's defaults to the book's look, in the scale of `notebook` (the book), `paper` or `talk`.
 
     Raises ValueError for another context.
     """
@@ -48,30 +34,13 @@ def setup_style(context: str = "notebook") -> None:
     sizes = {"paper": 9.0, "notebook": 11.0, "talk": 15.0}
     if context not in sizes:
         raise ValueError(f"setup_style: context {context!r}; accepted: {', '.join(sizes)}")
-    matplotlib.rcParams.update(
-        {
-            "font.size": sizes[context],
-            "axes.titlesize": "medium",
-            "figure.figsize": (6.4, 3.8),
-            "figure.constrained_layout.use": True,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "axes.edgecolor": INK,
-            "axes.facecolor": "none",
-            "figure.facecolor": "none",
-            "grid.color": GRID,
-            "axes.grid": False,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "legend.frameon": False,
-            "axes.prop_cycle": cycler(color=PALETTE),
-            "svg.fonttype": "path",
-            "image.cmap": "viridis",
-        }
-    )
+    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    colors = {**dict.fromkeys(inked, INK), "axes.prop_cycle": cycler(color=PALETTE), "image.cmap": "viridis"}
+    ground = {"axes.facecolor": "none", "figure.facecolor": "none", "legend.frameon": False, "axes.axisbelow": True}
+    frame = {"axes.grid": False, "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False}
+    sizing = {"font.size": sizes[context], "axes.titlesize": "medium", "figure.figsize": (6.4, 3.8)}
+    layout = {"figure.constrained_layout.use": True, "svg.fonttype": "path"}
+    matplotlib.rcParams.update({**colors, **ground, **frame, **sizing, **layout})
 
 
 def svg(figure, name: str) -> str:
@@ -121,10 +90,8 @@ def _prelude() -> str:
     _shown_before = True
     from plotly.offline import get_plotlyjs
 
-    return (
-        f"<style>{(STATIC / 'figures.css').read_text()}</style><script>{get_plotlyjs()}</script>"
-        f"<script>{(STATIC / 'figures.js').read_text()}</script>"
-    )
+    css, js = ((STATIC / name).read_text() for name in ("figures.css", "figures.js"))
+    return f"<style>{css}</style><script>{get_plotlyjs()}</script><script>{js}</script>"
 
 
 def show(
@@ -176,7 +143,11 @@ def show(
     if data and "NSM_BOOK_RUN" not in os.environ:
         text, data = _prelude() + text, {}
     display({"text/html": text, "text/plain": f"Figure {name}: {alt}", **data}, raw=True)
-    _close(figure, still)
+    import matplotlib.pyplot as plt
+
+    for drawn in (figure, still):  # else Matplotlib shows it a second time
+        if hasattr(drawn, "savefig"):
+            plt.close(drawn)
 
 
 def interactive(figure, name: str, alt: str, still, controls, frames) -> tuple[str, dict[str, Any]]:
@@ -190,18 +161,17 @@ def interactive(figure, name: str, alt: str, still, controls, frames) -> tuple[s
     if missing:
         raise ValueError(f"show({name!r}): controls and frames do not match, e.g. at {missing[0]!r}")
     figure.update_layout(template="none", colorway=PALETTE, hoverlabel={"namelength": -1})
-    if figure.layout.margin.to_plotly_json() == {}:
+    if not figure.layout.margin.to_plotly_json():
         figure.update_layout(margin={"l": 50, "r": 15, "t": 35, "b": 45})
     if figure.layout.height is None:
         figure.update_layout(height=380)
     spec = json.loads(figure.to_json())
-    index = {
-        tuple(choice): ",".join(str(list(controls[label]).index(one)) for label, one in zip(controls, choice, strict=True))
-        for choice in frames
-    }
     from plotly.io.json import to_json_plotly
 
-    moving = {index[choice]: json.loads(to_json_plotly(list(traces))) for choice, traces in frames.items()}
+    moving = {}
+    for choice, traces in frames.items():
+        key = ",".join(str(list(choices).index(one)) for choices, one in zip(controls.values(), choice, strict=True))
+        moving[key] = json.loads(to_json_plotly(list(traces)))
     payload = json.dumps({"figure": spec, "frames": moving}, sort_keys=True, separators=(",", ":")).replace("<", "\\u003c")
     words = html.escape(alt)
     body = (
@@ -210,12 +180,3 @@ def interactive(figure, name: str, alt: str, still, controls, frames) -> tuple[s
         f'<script type="application/json" class="nsm-data">{payload}</script>'
     )
     return body, {"application/vnd.plotly.v1+json": spec}
-
-
-def _close(*figures) -> None:
-    """Keep Matplotlib from showing a figure a second time."""
-    import matplotlib.pyplot as plt
-
-    for figure in figures:
-        if hasattr(figure, "savefig"):
-            plt.close(figure)

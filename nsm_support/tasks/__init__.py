@@ -13,16 +13,9 @@ from nsm_support.tasks.generated import PERMUTATIONS, PREFIX, ListOps, Recall, S
 from nsm_support.tasks.protocol import IGNORE, Batch, Control, Score, Task, score
 from nsm_support.tasks.real import SECTIONS, CharacterText, Digits, VerseSection
 
-TASKS = {
-    "mnist": Digits,
-    "permuted_mnist": Digits,
-    "recall": Recall,
-    "selective_copying": SelectiveCopying,
-    **dict.fromkeys(PERMUTATIONS, WordProblem),
-    "listops": ListOps,
-    "verse_section": VerseSection,
-    "text": CharacterText,
-}
+TASKS = {"mnist": Digits, "permuted_mnist": Digits, "recall": Recall, "selective_copying": SelectiveCopying}
+TASKS |= dict.fromkeys(PERMUTATIONS, WordProblem)
+TASKS |= {"listops": ListOps, "verse_section": VerseSection, "text": CharacterText}
 
 __all__ = [
     "IGNORE", "PREFIX", "SECTIONS", "TASKS", "Batch", "CharacterText", "Control", "Digits", "ListOps", "Recall", "Score",
@@ -42,9 +35,8 @@ def make_task(name: str, *, fold: int = 0, seed: int = 0, **sizes: Any) -> Task:
     """
     if name not in TASKS:
         near = difflib.get_close_matches(str(name), TASKS, n=1)
-        raise ValueError(
-            f"make_task: {name!r} is no task; accepted are {', '.join(TASKS)}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"make_task: {name!r} is no task; accepted are {', '.join(TASKS)}{hint}")
     parameters = inspect.signature(TASKS[name]).parameters
     accepted = [parameter for parameter in parameters if parameter not in ("name", "fold", "seed")]
     if unknown := [size for size in sizes if size not in accepted]:

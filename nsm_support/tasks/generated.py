@@ -74,9 +74,7 @@ class Generated(Task):
             kept.append(Batch(batch.inputs[mine], batch.targets[mine]))
             count, blocks = count + int(mine.sum()), blocks + 1
             if blocks == 64 and not count:
-                raise ValueError(
-                    f"{self.name}: of the few strings that its sizes allow none is for {part}; larger sizes are accepted"
-                )
+                raise ValueError(f"{self.name}: of the few strings that its sizes allow none is for {part}; give larger sizes")
         return Batch(*(torch.cat(tensors)[:n] for tensors in zip(*kept, strict=True)))
 
 
@@ -118,10 +116,8 @@ class WordProblem(Generated):
     def _check(self, length, part):
         least = 1 if part == "train" else PREFIX
         if length < least:
-            raise ValueError(
-                f"{self.name}: length = {length} in {part}; {least} or more is accepted (training holds "
-                f"every word of fewer than {PREFIX} tokens)"
-            )
+            reason = f"training holds every word of fewer than {PREFIX} tokens"
+            raise ValueError(f"{self.name}: length = {length} in {part}; {least} or more is accepted ({reason})")
 
     def _draw(self, generator, n, length):
         words = torch.randint(2, (n, max(length, PREFIX)), generator=generator)
@@ -216,10 +212,8 @@ class SelectiveCopying(Generated):
 
     def _check(self, length, part):
         if length < 2 * self.data:
-            raise ValueError(
-                f"selective_copying: length = {length}; {2 * self.data} or more is accepted, room for "
-                f"{self.data} data tokens and as many questions"
-            )
+            reason = f"{self.data} data tokens and as many questions"
+            raise ValueError(f"selective_copying: length = {length}; {2 * self.data} or more is accepted, room for {reason}")
 
     def _draw(self, generator, n, length):
         context = length - self.data

@@ -30,12 +30,10 @@ def sample_expressions(
 
     Raises ValueError if sizes contradict each other, or 10,000 draws in a row gave no expression of the lengths wanted.
     """
+    sizes = f"max_depth = {max_depth}, max_args = {max_args}, lengths {min_length} to {max_length}"
     if max_depth < 1 or max_args < 2 or not 1 <= min_length <= max_length or max_length < 4:
-        raise ValueError(
-            f"listops: max_depth = {max_depth}, max_args = {max_args}, lengths {min_length} to {max_length};"
-            f" a depth of at least 1, 2 arguments or more, and 1 ≤ min_length ≤ max_length with room for "
-            f"the shortest expression, 4 tokens, are accepted"
-        )
+        accepted = "max_depth from 1, max_args from 2, 1 ≤ min_length ≤ max_length, max_length from 4 (the shortest expression)"
+        raise ValueError(f"listops: {sizes}; accepted is {accepted}")
     draw = random.Random(int(torch.randint(2**62, (), generator=generator)))  # ten times faster than tensors of one
     tokens, missed = torch.zeros(n, max_length, dtype=torch.int64), 0
     values: list[int] = []
@@ -47,10 +45,7 @@ def sample_expressions(
             values.append(value)
             missed = 0
         elif (missed := missed + 1) == 10_000:
-            raise ValueError(
-                f"listops: no expression of {min_length} to {max_length} tokens in {missed:,} draws of "
-                f"depth {max_depth} with up to {max_args} arguments; change the sizes"
-            )
+            raise ValueError(f"listops: no expression of {min_length} to {max_length} tokens in {missed:,} draws of {sizes}")
     return tokens, torch.tensor(values, dtype=torch.int64)
 
 

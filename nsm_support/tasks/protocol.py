@@ -60,10 +60,8 @@ def score(outputs: Tensor, targets: Tensor) -> Score:
         raise ValueError("score: every target is IGNORE; at least one has to be asked for")
     logs, wanted = outputs.detach()[asked].double().log_softmax(-1), targets[asked]  # (asked, C), (asked,)
     if wanted.min() < 0 or wanted.max() >= logs.shape[1]:
-        raise ValueError(
-            f"score: targets from {wanted.min().item()} to {wanted.max().item()}; 0 to {logs.shape[1] - 1} "
-            f"and IGNORE are accepted"
-        )
+        span = f"{wanted.min().item()} to {wanted.max().item()}"
+        raise ValueError(f"score: targets from {span}; 0 to {logs.shape[1] - 1} and IGNORE are accepted")
     nats = 0.0 - logs.gather(1, wanted[:, None]).sum().item()  # 0, not −0, for a perfect model
     return Score(int((logs.argmax(1) == wanted).sum()), len(wanted), nats)
 

@@ -109,9 +109,7 @@ class VerseSection(Data):
             else:
                 verses = [(verse, section) for verse, section in verses if verse not in known]
             if not verses:
-                raise ValueError(
-                    f"verse_section: length = {length}; every held-out verse begins as one of training, longer ones are accepted"
-                )
+                raise ValueError(f"verse_section: length = {length}; every held-out verse begins as one of training")
             tokens = 1 + self.vocabulary.encode("".join(verse for verse, _ in verses))
             rows = pad_sequence(tokens.split([len(verse) for verse, _ in verses]), batch_first=True)
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -150,10 +148,8 @@ class CharacterText(Data):
         train, *held_out = (self.vocabulary.encode(part.content) for part in split_text(text, seed=seed))
         self.tokens, self._sampler = train, window_sampler(train, length)
         for part, tokens in zip(("validation", "test"), held_out, strict=True):
-            if len(tokens) <= length:
-                raise ValueError(
-                    f"text: length = {length}; the {part} part has {len(tokens)} characters: up to {len(tokens) - 1} is accepted"
-                )
+            if (n := len(tokens)) <= length:
+                raise ValueError(f"text: length = {length}; the {part} part has {n} characters: up to {n - 1} is accepted")
             windows = tokens.unfold(0, length + 1, length)  # (windows, T + 1): the last of one is the first of the next
             windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
             self.parts[part] = Batch(windows[:, :-1], windows[:, 1:])
