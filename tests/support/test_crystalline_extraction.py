@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsm_support.crystalline.automata import (
-    MACHINES,
     UNASKED,
     UNDEFINED,
     Automaton,
@@ -29,8 +28,6 @@ from nsm_support.crystalline.automata.extraction import (
     unasked_start,
     vote,
 )
-
-PROVEN = [name for name in MACHINES if name not in ("fsm", "ambiguous", "tokfsm")]
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -106,14 +103,6 @@ def test_a_hand_built_automaton_comes_back():
     assert compare(codes, modular_counter(2)) == Verdict(True, 2, None)
     # In the order of the shortest strings: λ → 4, "0" → 1, "1" → 3, "01" → 0.
     assert reachable(codes).transition.tolist() == [[1, 2], [0, 3], [3, 0], [2, 1]]
-
-
-@pytest.mark.parametrize("name", PROVEN)
-def test_every_machine_comes_back_from_its_disguise(name):
-    machine = make_machine(name)
-    codes = disguised(machine, seed=1)
-    assert same(minimise(codes), minimise(machine)) and len(minimise(codes).output) == machine.num_states
-    assert compare(codes, machine) == (True, machine.num_states, None)
 
 
 @settings(max_examples=60, deadline=None)

@@ -51,17 +51,6 @@ def test_every_rule_has_words():
     assert results.in_words("high >= 2") == "its upper end is at least 2"
 
 
-def test_verdict_refuses_what_cannot_be_decided():
-    with pytest.raises(ValueError, match="does not hold the estimate"):
-        verdict(RULE, estimate=1.0, low=2.0, high=3.0, n=9)
-    with pytest.raises(ValueError, match="does not hold the estimate"):
-        verdict(RULE, estimate=math.nan, low=2.0, high=3.0, n=9)
-    with pytest.raises(ValueError, match="both"):
-        verdict({"supported": "low > 0", "refuted": "high > 0", "min_n": 2}, estimate=1, low=1, high=1, n=2)
-    with pytest.raises(ValueError, match="not of the form"):
-        verdict({**RULE, "supported": "low > zero"}, estimate=1, low=1, high=1, n=6)
-
-
 def test_glue_keeps_the_value_exactly(shown):
     glue("third", 1 / 3, measured=True)
     ((data, metadata),) = shown
@@ -154,3 +143,17 @@ def test_a_notebook_outside_the_pipeline_finds_what_was_built(monkeypatch, tmp_p
 def test_glue_refuses_what_no_sentence_can_hold(value):
     with pytest.raises((TypeError, ValueError), match=r"accepts a number, a string or an estimate|no sentence can use"):
         glue("odd", value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "low", "estimate", "words"),
+    [
+        ({}, 2.0, 1.0, "does not hold the estimate"),
+        ({}, 2.0, math.nan, "does not hold the estimate"),
+        ({"refuted": "high > 0"}, 1.0, 1.0, "both"),
+        ({"supported": "low > zero"}, 1.0, 1.0, "not of the form"),
+    ],
+)
+def test_verdict_refuses_what_cannot_be_decided(rule, low, estimate, words):
+    with pytest.raises(ValueError, match=words):
+        verdict(RULE | rule, estimate=estimate, low=low, high=3.0, n=9)

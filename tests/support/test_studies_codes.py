@@ -101,12 +101,6 @@ def test_strings_carry_the_state_that_emitted_a_token_and_the_one_after_it(name)
         assert torch.equal(text.targets // 3, text.after) and torch.equal(text.tokens // 3, text.states)
 
 
-def test_held_out_parts_are_the_same_for_every_run_and_differ_from_each_other():
-    machine = make_machine("fsm")
-    first, again, other = (held_out_strings(machine, part, 9, 12) for part in ("test", "test", "validation"))
-    assert all(map(torch.equal, first, again)) and not torch.equal(first.tokens, other.tokens)
-
-
 def test_the_loss_is_prediction_and_the_means_of_entropy_and_commitment_by_their_weights():
     torch.manual_seed(0)
     model = CrystallineTransformer(MODEL).eval()
