@@ -113,15 +113,12 @@ def _folder(source: str | Path) -> Path:
 def _parts(folder: Path) -> Iterator[dict[str, Tensor]]:
     """The tensors of each file of weights."""
     for name in WEIGHTS:
-        index = folder / f"{name}.index.json"
+        index, files = folder / f"{name}.index.json", [name]
         if index.exists():
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        elif (folder / name).exists():
-            files = [name]
-        else:
+        elif not (folder / name).exists():
             continue
-        for file in files:
-            yield _read(folder / file)
+        yield from (_read(folder / file) for file in files)
         return
     raise FileNotFoundError(f"{folder} holds neither {' nor '.join(WEIGHTS)}, nor an index of parts of one")
 

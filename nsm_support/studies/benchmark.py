@@ -230,9 +230,8 @@ def training_pass(model: str, T: int, causal: bool = True, width: Any = None) ->
 
 def stream_from(model: str, T: int) -> Callable[[], None]:
     """A function that reads one token more, T tokens having been read."""
-    generator = torch.Generator().manual_seed(0)
     network: Any = cost_model(model)
-    inputs = torch.randint(VOCABULARY, (1, T), generator=generator)
+    inputs = torch.randint(VOCABULARY, (1, T), generator=torch.Generator().manual_seed(0))
     with evaluating(network):
         if model == "NSM":
             stream = network.start(1)

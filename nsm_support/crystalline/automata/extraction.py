@@ -154,17 +154,14 @@ def vote(codes: Tensor, tokens: Tensor, outputs: Tensor, num_codes: int, vocab_s
     The state before the first token is the code's number `num_codes`, which is `UNASKED`. Ties go to the lower number.
 
     Args:
-        codes: [B, T] code at each position, after its token was read; 0 … num_codes − 1. Where several codes are on at
-            once, number the sets that occur (`torch.unique(hard_codes.flatten(0, 1), dim=0, return_inverse=True)`).
-        tokens: [B, T].
+        codes: [B, T] code at each position, after its token [B, T] was read; 0 … num_codes − 1. Where several codes are on
+            at once, number the sets that occur (`torch.unique(hard_codes.flatten(0, 1), dim=0, return_inverse=True)`).
         outputs: [B, T] what each position stands for: the target of an acceptor, or of a generator the output of `run` on
             its `predictive_automaton`; classes from 0.
-        num_codes: K.
-        vocab_size: V.
 
     Raises ValueError if the shapes differ or a number lies out of range.
     """
-    shapes = {name: Shape(given.shape) for name, given in (("codes", codes), ("tokens", tokens), ("outputs", outputs))}
+    shapes = {"codes": Shape(codes.shape), "tokens": Shape(tokens.shape), "outputs": Shape(outputs.shape)}
     fits = codes.shape == tokens.shape == outputs.shape and codes.ndim == 2 and codes.numel()
     check("vote", fits, "one shape [B, T]", **shapes)
     _check_range("vote", "codes", codes, num_codes)

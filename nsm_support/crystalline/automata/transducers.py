@@ -26,10 +26,8 @@ class Transducer(Machine):
     everywhere.
 
     Args:
-        name: of the machine.
         start: number of the first state.
-        transition: [S, V] int64, the next state.
-        output: [S] int64, class of each state, 0 … C−1.
+        transition: [S, V] int64, the next state. output: [S] int64, class of each state, 0 … C−1.
 
     Raises ValueError if the table does not fit.
     """

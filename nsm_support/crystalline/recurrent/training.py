@@ -74,8 +74,7 @@ def _batches(machine: Transducer, generator: Generator, config: RecurrentTrainin
 
 def with_empty(machine: Transducer, targets: Tensor) -> Tensor:
     """Targets [..., T] → [..., T + 1], led by the output of the empty string."""
-    empty = machine.output[machine.start].expand(*targets.shape[:-1], 1)
-    return torch.cat([empty, targets], -1)
+    return torch.cat([machine.output[machine.start].expand(*targets.shape[:-1], 1), targets], -1)
 
 
 def train(
