@@ -31,6 +31,7 @@ from nsm_support.crystalline.automata import (
     tomita,
 )
 from nsm_support.crystalline.automata.extraction import run
+from nsm_support.crystalline.automata.machines import _cumulative
 from nsm_support.crystalline.automata.structure import classes_alike
 from nsm_support.metrics import ngram_baseline
 from nsm_support.tasks import WordProblem, score
@@ -107,6 +108,14 @@ def test_a_transducer_follows_its_table(machines, name):
     tokens, targets, states = machine.sample_batch(random(), 50, 30)
     before = torch.cat([torch.full((50, 1), machine.start), states[:, :-1]], 1)
     assert torch.equal(machine.transition[before, tokens], states) and torch.equal(machine.output[states], targets)
+
+
+def test_rounding_never_draws_what_is_impossible():
+    rows = torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3, 0], [0.1] * 3 + [0.7, 0], [1, 0, 0, 0, 0]], dtype=torch.float64)
+    cumulative = _cumulative(rows)
+    for level in (0.0, 1 - 2**-53):
+        assert (rows.gather(1, (cumulative <= level).sum(1)[:, None]) > 0).all(), level
+    assert (cumulative <= 0.25).sum(1).tolist() == [1, 2, 0]
 
 
 def seeds_machine(**sizes) -> FiniteStateMachine:
