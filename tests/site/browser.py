@@ -21,14 +21,17 @@ FLAGS = [
 ]
 
 
+def need(what: str, **options) -> None:
+    """Skip the test, or the module, that lacks something; fail where NSM_BOOK_NEED_BROWSER says that it must be there."""
+    if os.environ.get("NSM_BOOK_NEED_BROWSER"):
+        pytest.fail(f"NSM_BOOK_NEED_BROWSER is set, and this needs {what}", pytrace=False)
+    pytest.skip(f"needs {what}", **options)
+
+
 def chromium() -> str:
-    """The path of Chromium; skips the test without one, unless NSM_BOOK_NEED_BROWSER says that it must be there."""
+    """The path of Chromium; skips the test without one."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        if os.environ.get("NSM_BOOK_NEED_BROWSER"):
-            pytest.fail("NSM_BOOK_NEED_BROWSER is set, and there is no chromium on the PATH")
-        pytest.skip("needs Chromium: apt-get install chromium (Debian), brew install --cask chromium (macOS)")
-    return path
+    return path or need("Chromium: apt-get install chromium (Debian), brew install --cask chromium (macOS)")
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
