@@ -14,6 +14,7 @@ SITE = (ROOT / "_build" / "html").resolve()
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 SPECIAL = ["genindex", "search"]
+LOUD = ("error", "warning")
 pytestmark = pytest.mark.browser
 
 if not (SITE / "build.json").exists():
@@ -46,9 +47,6 @@ class Tab:
         self.page.wait_for_function("!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)")
         self.problems += [f"asks {url}" for _, url in self.asked if not url.startswith((base, "data:", "blob:"))]
         return self.page
-
-
-LOUD = ("error", "warning")
 
 
 @pytest.fixture(scope="module")
