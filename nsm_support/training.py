@@ -214,10 +214,11 @@ class _Run:
         self.history.records.append(record)
 
     def save(self, path: Path) -> None:
-        state = {"config": self.identity, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {"config": self.identity, "records": self.history.records}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state["random"] = [self.generator.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()]
         state["counters"] = [self.step, self.loss_sum, self.loss_count, self.seconds, self.rate]
-        _write_tensors(path, {**state, "records": self.history.records})
+        _write_tensors(path, state)
 
     def resume(self, path: Path) -> None:
         state = _read_tensors(path, "config")

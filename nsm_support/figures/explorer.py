@@ -35,7 +35,7 @@ class Line:
         if self.band is not None:
             low, high = map(_listed, self.band)
             around = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "line": {"width": 0, "color": self.color}}
-            look = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip"}
+            look: dict[str, Any] = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip"}
             found.insert(0, {"type": "scatter", **around, **look, "name": ""})
         return found
 

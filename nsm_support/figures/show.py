@@ -35,12 +35,11 @@ def setup_style(context: str = "notebook") -> None:
     if context not in sizes:
         raise ValueError(f"setup_style: context {context!r}; accepted: {', '.join(sizes)}")
     inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    colors = {**dict.fromkeys(inked, INK), "axes.prop_cycle": cycler(color=PALETTE), "image.cmap": "viridis"}
-    ground = {"axes.facecolor": "none", "figure.facecolor": "none", "legend.frameon": False, "axes.axisbelow": True}
-    frame = {"axes.grid": False, "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False}
-    sizing = {"font.size": sizes[context], "axes.titlesize": "medium", "figure.figsize": (6.4, 3.8)}
-    layout = {"figure.constrained_layout.use": True, "svg.fonttype": "path"}
-    matplotlib.rcParams.update({**colors, **ground, **frame, **sizing, **layout})
+    look: dict[Any, Any] = {**dict.fromkeys(inked, INK), "axes.prop_cycle": cycler(color=PALETTE), "image.cmap": "viridis"}
+    look |= {"axes.facecolor": "none", "figure.facecolor": "none", "legend.frameon": False, "axes.axisbelow": True}
+    look |= {"axes.grid": False, "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False}
+    look |= {"font.size": sizes[context], "axes.titlesize": "medium", "figure.figsize": (6.4, 3.8)}
+    matplotlib.rcParams.update({**look, "figure.constrained_layout.use": True, "svg.fonttype": "path"})
 
 
 def svg(figure, name: str) -> str:

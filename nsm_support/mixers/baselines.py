@@ -96,9 +96,8 @@ class TransformerLayer(nn.Module):
         self.num_heads, self.causal = num_heads, causal
         self.norm, self.ffn_norm = nn.LayerNorm(token_dim), nn.LayerNorm(token_dim)
         self.qkv, self.out = nn.Linear(token_dim, 3 * token_dim, bias=False), nn.Linear(token_dim, token_dim)
-        self.ffn = nn.Sequential(
-            nn.Linear(token_dim, ffn_multiple * token_dim), nn.GELU(), nn.Linear(ffn_multiple * token_dim, token_dim)
-        )
+        inner = ffn_multiple * token_dim
+        self.ffn = nn.Sequential(nn.Linear(token_dim, inner), nn.GELU(), nn.Linear(inner, token_dim))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self._project(tokens)

@@ -30,14 +30,8 @@ class SmallCNN(PretrainedModel):
     def __init__(self, config: CNNConfig):
         super().__init__()
         self.config, channels = config, config.channels
-        self.features = nn.Sequential(
-            nn.Conv2d(1, channels, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(channels, 2 * channels, 5, padding=2),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        )
+        first, second = nn.Conv2d(1, channels, 5, padding=2), nn.Conv2d(channels, 2 * channels, 5, padding=2)
+        self.features = nn.Sequential(first, nn.ReLU(), nn.MaxPool2d(2), second, nn.ReLU(), nn.MaxPool2d(2))
         self.head = nn.Linear(2 * channels * (config.side // 4) ** 2, config.output_dim)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -156,9 +156,7 @@ class Mamba2Block(_Mixer):
         check_sizes(self, token_dim=token_dim, num_heads=num_heads, state_dim=state_dim)
         check_sizes(self, expand=expand, conv_width=conv_width, chunk=chunk)
         channels = expand * token_dim
-        check(
-            self, not channels % num_heads, "expand · token_dim a multiple of num_heads", channels=channels, num_heads=num_heads
-        )
+        check(self, not channels % num_heads, "a multiple of num_heads", channels=channels, num_heads=num_heads)
         super().__init__(channels + 2 * state_dim, conv_width, (num_heads, channels // num_heads, state_dim))
         self.chunk, self.parts = chunk, (channels, channels + 2 * state_dim, num_heads)
         self.in_proj = nn.Linear(token_dim, sum(self.parts), bias=False)

@@ -144,7 +144,9 @@ class NSMLayer(nn.Module):
         heard = u if local is None else u + local
         read = weights = passed = None
         if self.has_states:
-            sweep = self._together if self.chunk is None else self._recur if self._plain_recurrence else self._in_chunks
+            # With c = 1 and dense, one token's message, a mean over one, is the same for every state.
+            plain = self.chunk == 1 and (self.router.top_k is None or self.router.top_k >= self.num_states)
+            sweep = self._together if self.chunk is None else self._recur if plain else self._in_chunks
             passed = sweep(heard, self.state_manager(states, B), mask)
             read, states = passed.read, passed.states
             self.router.importance.observe(passed.mass)
@@ -194,11 +196,6 @@ class NSMLayer(nn.Module):
         """[..., chunks, c, ·] of `_in_chunks` or `_recur` → [..., T, ·]: away with the empty places."""
         flat = grouped.flatten(-3, -2)
         return flat if flat.shape[-2] == T else flat[..., 1 : T + 1, :]
-
-    @property
-    def _plain_recurrence(self) -> bool:
-        """c = 1 and dense: one token's message, a mean over one, is the same for every state."""
-        return self.chunk == 1 and (self.router.top_k is None or self.router.top_k >= self.num_states)
 
     def _recur(self, heard: Tensor, states: Tensor, mask: Tensor | None) -> Passed:
         """`_in_chunks` for c = 1, with all that needs no state done before the loop or after it.
@@ -253,8 +250,7 @@ class NSMLayer(nn.Module):
         if mask is None:
             return new
         real = mask.any(-1)[:, None, None]
-        old_cell = states if cell is None else cell
-        kept_cell = None if new.cell is None else torch.where(real, new.cell, old_cell)
+        kept_cell = None if new.cell is None else torch.where(real, new.cell, states if cell is None else cell)
         return Propagated(torch.where(real, new.states, states), kept_cell)
 
     def start(self, batch_size: int, states: Tensor | None = None) -> LayerStream:

@@ -107,21 +107,12 @@ class NSM(SequenceModel):
         states = self.layers[-1].close(stream.layers[-1]) if self.config.head == "classification" else None
         return self._decide(tokens, states, None), stream
 
-    def prune(
-        self,
-        keep: Sequence | None = None,
-        *,
-        threshold: float = 0.3,
-        by: str = "importance",
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> list[Pruned]:
+    def prune(self, keep: Sequence | None = None, *, threshold: float = 0.3, **options: Any) -> list[Pruned]:
         """Prune every layer (`StateManager.prune`); `keep` takes one list of indices per layer."""
         if keep is not None and len(keep) != len(self.layers):
             raise ValueError(f"keep takes one list of indices per layer ({len(self.layers)}); got {len(keep)}")
-        pruned = [
-            layer.state_manager.prune(None if keep is None else keep[i], threshold=threshold, by=by, optimizer=optimizer)
-            for i, layer in enumerate(self._with_states())
-        ]
+        given = zip(self._with_states(), [None] * len(self.layers) if keep is None else keep, strict=True)
+        pruned = [layer.state_manager.prune(kept, threshold=threshold, **options) for layer, kept in given]
         self._count()
         return pruned
 

@@ -85,10 +85,8 @@ def read_write_reference(q, k, state_values, token_values, bias=None, temperatur
         weights.append(exp / exp.sum())
         reads.append(sum(w * v for w, v in zip(weights[-1], state_values, strict=True)))
     mass = [sum(w[s] for w in weights) for s in range(len(k))]
-    message = [
-        sum(w[s] * v for w, v in zip(weights, token_values, strict=True)) / max(mass[s], torch.tensor(MIN_MASS))
-        for s in range(len(k))
-    ]
+    sums = [sum(w[s] * v for w, v in zip(weights, token_values, strict=True)) for s in range(len(k))]
+    message = [total / max(m, torch.tensor(MIN_MASS)) for total, m in zip(sums, mass, strict=True)]
     return torch.stack(reads), torch.stack(message), torch.stack(mass)
 
 
