@@ -213,14 +213,16 @@ def stale_makers(page: Page, profile: str) -> list[Page]:
 
 def discard_damaged(profile: str) -> None:
     """Remove the runs that are not as they were written, whose products are not, or that read other files than there are now:
-    what Snakemake, which compares sources and parameters, does not look at."""
+    what Snakemake, which compares sources and parameters, does not look at. A damaged product may be made again the same."""
+    last = {page.name: record(page.run_file(profile)) for page in pages().values()}
+    damaged = {page.name: damaged_products(page, profile, last[page.name]) for page in pages().values() if last[page.name]}
+    made_again = {name for names in damaged.values() for name in names}
     for page in pages().values():
-        run = page.run_file(profile)
-        last = record(run)
-        if run.exists() and (
-            not last or damaged_products(page, profile, last) or last["fingerprint"]["products"] != read_digests(page, profile)
-        ):
-            run.unlink()
+        read = last[page.name]["fingerprint"]["products"] if last[page.name] else {}
+        now = read_digests(page, profile)
+        others = {name for name in read.keys() | now.keys() if read.get(name) != now.get(name)} - made_again
+        if not last[page.name] or damaged[page.name] or others:
+            page.run_file(profile).unlink(missing_ok=True)
 
 
 def forget_dates(profile: str) -> None:

@@ -113,9 +113,12 @@ def reasons_kept(target: Path) -> Iterator[None]:
 def only_run(target: Path) -> Iterator[None]:
     """Let one process at a time make a run: one that outlived its build, or a second command, is waited for."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(PermissionError):  # in a checkout that may not be written
+        try:
             (BUILD / "locks").mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((BUILD / "locks" / hashlib.sha256(bytes(target)).hexdigest()[:16]).open("a+"))
+        except OSError:  # a checkout that may not be written, or a full disk: then nobody waits
+            pass
+        else:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

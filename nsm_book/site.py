@@ -55,16 +55,19 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def discard_damaged(profile: str) -> None:
-    """Let a site be rendered again that is not, file by file, what was rendered."""
+    """Let a site be rendered again that is not, file by file, what was rendered, or that was made from other runs or files."""
     card = card_file(profile)
-    if card.exists():
-        try:
-            written = json.loads(card.read_text())
-            good = contents(card.parent / written["site"]) == written["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            card.unlink()
+    try:
+        written = json.loads(card.read_text())
+        folder = card.parent / written["site"]
+        made_from = json.loads((folder / "build.json").read_text())
+        runs = {name: record(entry.run_file(profile)) for name, entry in pages().items()}
+        good = contents(folder) == written["files"] and made_from["pages"] == runs
+        good = good and made_from["ingredients"] == ingredients(profile)
+    except (OSError, ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        card.unlink(missing_ok=True)
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -179,7 +179,7 @@ def run(name: str, jobs: int, profile_dir: Path | None, console: Console) -> str
             where, cores = ("at most", "jobs") if profile_dir else ("on", "cores")
             console.print(f"{len(todo)} of {len(sweep.runs)} runs to do, {where} {jobs} {cores} at a time", highlight=False)
             words = _prepare(sweep, todo, seconds, jobs, profile_dir)
-            code = workflow.snakemake(words, progression, console, lock, log, workflow.RunCount(len(todo)))
+            code = workflow.snakemake(words, waiting_for, progression, console, lock, log, workflow.RunCount(len(todo)))
             reasons = _what_went_wrong(sweep, todo, waiting_for, progression.failed, code, log)
             records = _records_after(sweep, wait=bool(profile_dir))
         collect_table(sweep, records)

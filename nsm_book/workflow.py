@@ -3,13 +3,11 @@
 import contextlib
 import fcntl
 import os
-import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,10 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nsm_book import BookError, site, store
-from nsm_book.fingerprint import discard_damaged, forget_dates, record
+from nsm_book.fingerprint import differences, discard_damaged, forget_dates, record
 from nsm_book.run import DISK_FULL, DONE, NOTE, disk_errors_in_words
 from nsm_book.schema import BUILD, ROOT, Page, claims, pages, parameters, profile_parameters
-from nsm_book.sweep_table import read_sweep, sweeps
 
 RULE = re.compile(r"(?:local)?rule (\w+):$")
 FINISHED = re.compile(r"Finished jobid: \d+ \(Rule: (\w+)\)")
@@ -76,24 +73,19 @@ class Progression:
     failed: list[str] = field(default_factory=list)
     in_plan: bool = False
 
-    def read(self, line: str) -> str | None:
-        """Take in one line; return what there is to say of the plan, once it is known."""
+    def read(self, line: str) -> None:
         if line.startswith("Job stats:"):
             self.in_plan = True
         elif self.in_plan and (match := COUNT.match(line)):
             self.planned |= {match[1]: int(match[2])} if match[1] not in ("book", "sweep", "total") else {}
         elif self.in_plan and not line.strip():
             self.in_plan = False
-            names = {rule_name(page): page for page in pages().values() if not page.reads_results}
-            count = len(names.keys() & self.planned.keys())
-            return f"{count} of {len(names)} pages to run" if count else None
         elif (match := RULE.match(line)) and match[1] in self.planned:
             self.running.setdefault(match[1], time.monotonic())
         elif match := FINISHED.match(line):
             self._end(match[1], self.ended)
         elif match := FAILED.match(line):
             self._end(match[1], self.failed)
-        return None
 
     def _end(self, rule: str, where: list[str]) -> None:
         if rule in self.planned:
@@ -118,44 +110,54 @@ class RunCount:
         return (time.monotonic() - self.began) / self.done * (self.total - self.done) if self.done else 0.0
 
 
-def watch(process: subprocess.Popen, log: TextIO, progression: Progression, console: Console, runs: RunCount | None) -> None:
-    """Keep Snakemake's output in its log, show what is meant for a person, and how long is left, until it ends."""
-    lines: queue.Queue[str | None] = queue.Queue()
+def new_lines(process: subprocess.Popen, log: Path) -> Iterator[str]:
+    """The lines of Snakemake's log as they come, an empty one where there is none yet, until it has ended.
 
-    def read() -> None:
-        for line in process.stdout or ():
-            lines.put(line)
-        lines.put(None)
+    A file and no pipe: a page that outlives its Snakemake can still write to it, and keeps nobody waiting.
+    """
+    with log.open(errors="replace") as file:
+        started = ""
+        while True:
+            ended = process.poll() is not None
+            while text := file.readline():
+                started += text
+                if started.endswith("\n"):
+                    yield started
+                    started = ""
+            if ended:
+                return
+            yield ""
+            time.sleep(0.1)
 
-    threading.Thread(target=read, daemon=True).start()
+
+def watch(process: subprocess.Popen, log: Path, progression: Progression, console: Console, runs: RunCount | None) -> None:
+    """Show what is meant for a person, and how long is left, until Snakemake ends."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+    began, shown, waiting = time.monotonic(), 0, list[str]()
+
+    def seconds_left() -> float:
+        return progression.seconds_left() + (runs.seconds_left() if runs else 0.0)
+
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting", total=1.0, left="")
-        began, shown, waiting = time.monotonic(), 0, list[str]()
-        while True:
-            with contextlib.suppress(queue.Empty):
-                line = lines.get(timeout=0.5)
-                if line is None:
-                    return
-                log.write(line)
-                if summary := progression.read(line.rstrip("\n")):
-                    console.print(summary, highlight=False)
-                if line.startswith(NOTE):
-                    console.print(line[len(NOTE) :].rstrip(), highlight=False, markup=False)
-                if line.startswith(DONE):
-                    waiting.append(line[len(DONE) :].rstrip())
-                    if runs:
-                        runs.done += 1
-                while waiting and (runs or FINISHED.match(line)):  # until a page counts as done, it is among what is left
-                    shown += 1
-                    total = runs.total if runs else sum(progression.planned.values())
-                    left = progression.seconds_left() + (runs.seconds_left() if runs else 0.0)
-                    rest = f"   (about {left:.0f} s left)" if left >= 1 else ""
-                    console.print(f"[{shown}/{total}] {waiting.pop(0)}{rest}", highlight=False, markup=False)
-            left = progression.seconds_left() + (runs.seconds_left() if runs else 0.0)
+        for line in new_lines(process, log):
+            progression.read(line.rstrip("\n"))
+            if line.startswith(NOTE):
+                console.print(line[len(NOTE) :].rstrip(), highlight=False, markup=False)
+            if line.startswith(DONE):
+                waiting.append(line[len(DONE) :].rstrip())
+                if runs:
+                    runs.done += 1
+            while waiting and (runs or FINISHED.match(line)):  # until a page counts as done, it is among what is left
+                shown += 1
+                total = runs.total if runs else sum(progression.planned.values())
+                left = f"   (about {seconds_left():.0f} s left)" if seconds_left() >= 1 else ""
+                console.print(f"[{shown}/{total}] {waiting.pop(0)}{left}", highlight=False, markup=False)
             names = ", ".join(f"{rule} {time.monotonic() - at:.0f} s" for rule, at in progression.running.items())
-            gone = time.monotonic() - began
-            progress.update(bar, completed=gone / ((gone + left) or 1.0), description=names, left=f"about {left:.0f} s left")
+            gone, left_now = time.monotonic() - began, seconds_left()
+            progress.update(
+                bar, completed=gone / ((gone + left_now) or 1.0), description=names, left=f"about {left_now:.0f} s left"
+            )
 
 
 @contextlib.contextmanager
@@ -178,28 +180,29 @@ def memory_of_machine() -> list[str]:
 
 
 def snakemake(
-    words: list[str], progression: Progression, console: Console, lock: TextIO, log: Path, runs: RunCount | None = None
+    words: list[str],
+    stale: list[Page],
+    progression: Progression,
+    console: Console,
+    lock: TextIO,
+    log: Path,
+    runs: RunCount | None = None,
 ) -> int:
     """Let Snakemake bring its targets up to date while a person watches; return its exit code.
 
-    The caller's lock stands for Snakemake's own, which a killed build would leave behind.
+    The caller's lock stands for Snakemake's own, which a killed build would leave behind. The stale pages are forced to run
+    also where Snakemake has lost its notes of their last run.
     """
     forget_dates(progression.profile)
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)  # what outlived an earlier Snakemake goes on writing to that one's
     command = [sys.executable, "-m", "snakemake", "--keep-going", "--nolock", "--rerun-incomplete", "--scheduler", "greedy"]
     command += ["--rerun-triggers", "params", "input", "--max-checksum-file-size", str(2**40), *words]  # no date decides
+    command += ["--forcerun", *map(rule_name, stale)] if stale else []
     with log.open("w") as out, ended_in_order():
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            text=True,
-            errors="replace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock.fileno()],
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()])
         try:
-            watch(process, out, progression, console, runs)
+            watch(process, log, progression, console, runs)
         except BaseException:
             steps = psutil.Process(process.pid).children(recursive=True)
             for sign in (signal.SIGINT, signal.SIGTERM):  # a job that was begun in the background ignores the first
@@ -217,10 +220,10 @@ def why_it_ended(code: int, log: Path, reasons: list[str]) -> list[str]:
     again = "give the same command again: what had ended before is kept"
     if code < 0:
         return [f"Snakemake was killed by signal {-code}: {again}"]
-    text = "\n".join(reasons) or log.read_text()[-4000:]
-    if shutil.disk_usage(BUILD).free < 2**20 or any(os.strerror(number) in text for number in DISK_FULL):
+    tail = log.read_text(errors="replace")[-4000:]
+    if shutil.disk_usage(BUILD).free < 2**20 or any(os.strerror(number) in "\n".join([*reasons, tail]) for number in DISK_FULL):
         return [f"no room was left for a file below {BUILD}. Make room and {again}"]
-    return [] if reasons else [text]
+    return [] if reasons else [tail]
 
 
 def failure(path: Path, name: str) -> str:
@@ -255,8 +258,7 @@ def build(profile: str, cores: int, console: Console) -> Path:
     claims()  # whatever can be refused is refused now, before anything runs
     for page in pages().values():
         parameters(page), profile_parameters(page, profile)
-    for name in sweeps():
-        read_sweep(name)
+    store.catalogue(profile)
     with only_build(console) as lock:
         remove_leftovers(profile)
         progression = expectation(profile, cores)
@@ -265,7 +267,11 @@ def build(profile: str, cores: int, console: Console) -> Path:
         site.discard_damaged(profile)
         log = BUILD / "log" / f"{profile}.txt"
         words = ["--cores", str(cores), *memory_of_machine(), "--config", f"profile={profile}"]
-        code = snakemake(words, progression, console, lock, log)
+        stale = [page for page in pages().values() if differences(page, profile)]
+        if count := sum(not page.reads_results for page in stale):
+            total = sum(not page.reads_results for page in pages().values())
+            console.print(f"{count} of {total} pages to run, on {cores} cores", highlight=False)
+        code = snakemake(words, stale, progression, console, lock, log)
         if code:
             by_rule = {rule_name(page): page for page in pages().values()}
             ended = dict.fromkeys([*progression.failed, *(progression.running if code > 0 else ())])

@@ -526,7 +526,7 @@ def test_a_run_takes_no_product_that_its_page_would_not_make_today(copy, tmp_pat
 
 def test_verify_refuses_a_site_that_is_old_or_not_whole(copy):
     commit = json.loads((copy.folder / "_build/html/build.json").read_text())["pages"]["group/first"]["commit"]
-    assert copy.book("verify", "--commit", commit) == (0, "whole and new: 7 pages\n")
+    assert copy.book("verify", "--commit", commit) == (0, "whole and new: 3 pages\n")
     code, output = copy.book("verify", "--profile", "full", "--commit", "0123456789abcdef")
     assert code == 1 and "of the quick profile, not full" in output and "not at 0123456789ab" in output
     (copy.folder / "_build/html/group/second.html").unlink()

@@ -210,7 +210,7 @@ def test_a_file_that_gets_no_room_is_told_and_costs_no_run(book):
     before, published = runs(book), site(book)
     book.edit("book/group/first.md", "It draws", "It also draws")
     said = shell(book, "ulimit -f 8; book build")
-    assert "cannot be used: File too large. Mend that" in said and KEPT in said and said.endswith("code 1\n"), said
+    assert "no room was left for a file below" in said and KEPT in said and said.endswith("code 1\n"), said
     assert "Traceback" not in said and site(book) == published
     assert changed(before, runs(book)) <= {"group/first.ipynb"}
     code, output = book.book("build")

@@ -35,7 +35,7 @@ def here(small, monkeypatch, tmp_path):
 def ends(found, code=0, fine=(), failed=()):
     """In place of Snakemake: some runs end well, and so do their steps, some fail with a reason."""
 
-    def snakemake(words, progression, console, lock, log, runs):
+    def snakemake(words, stale, progression, console, lock, log, runs):
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("there is no such executor")
         for id in (*fine, *failed):
@@ -159,8 +159,9 @@ def test_the_time_left_follows_snakemakes_own_report(monkeypatch):
     monkeypatch.setattr(workflow, "pages", lambda: entries)
     seconds = {"page_a": 100.0, "page_b": 50.0, "page_c": 999.0, "site": 10.0}
     progression = workflow.Progression("quick", seconds, {"page_a": 0.5, "page_b": 0.5})
-    summaries = [progression.read(line) for line in PLAN.splitlines()]
-    assert [text for text in summaries if text] == ["2 of 3 pages to run"]
+    for line in PLAN.splitlines():
+        progression.read(line)
+    assert progression.planned == {"page_a": 1, "page_b": 1, "site": 1} and [*progression.running] == ["page_a"]
     assert progression.seconds_left() == pytest.approx(100 / 2 + 50 / 2 + 10, abs=0.5)
     progression.read("Finished jobid: 2 (Rule: page_a)")
     assert progression.seconds_left() == pytest.approx(50 / 2 + 10) and progression.ended == ["page_a"]
