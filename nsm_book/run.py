@@ -193,6 +193,34 @@ def run_box(run: dict[str, Any]) -> str:
     )
 
 
+def run_record(page: Page, profile: str, given: dict[str, Any], seconds: float, made: Path) -> dict[str, Any]:
+    """What a run says of itself, besides its fingerprint and commit."""
+    everything = {name: parameter.default for name, parameter in parameters(page).items()} | given
+    return {
+        "page": page.name,
+        "profile": profile,
+        "parameters": given,
+        "all_parameters": everything,
+        "seed": everything.get("seed", everything.get("seeds", "none")),
+        "device": everything.get("device", "cpu"),
+        "seconds": seconds,
+        "peak_memory_mb": peak_memory(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "reproduce": reproduce_line(page, profile, given),
+        "made": {name: digest(made / name) for name in page.makes},
+    }
+
+
+def check_inputs(page: Page, profile: str) -> None:
+    """Raises BookError if a file that the page reads is not there."""
+    for path in inputs(page, profile).values():
+        if not path.exists():
+            raise BookError(f"{page.name}: needs {path.name}, which {path.parent} does not hold yet: make book PROFILE={profile}")
+
+
 def run_page(
     page: Page, profile: str, given: dict[str, Any], target: Path, *, needs: Path, makes: Path, publish: bool = True
 ) -> None:
@@ -213,9 +241,7 @@ def run_page(
     failed = target.with_suffix(".failed.ipynb")
     for left in (failed, *target.parent.glob(f".{target.stem}.*")):  # of runs that failed or were killed
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-    for path in inputs(page, profile).values():
-        if not path.exists():
-            raise BookError(f"{page.name}: needs {path.name}, which {path.parent} does not hold yet: make book PROFILE={profile}")
+    check_inputs(page, profile)
     today: dict[str, Any] = {"fingerprint": fingerprint(page, profile, given), "commit": commit()}
     compile_by_content(today["fingerprint"]["modules"])
     with tempfile.TemporaryDirectory(prefix=f".{target.stem}.", dir=target.parent, ignore_cleanup_errors=True) as folder:
@@ -224,24 +250,8 @@ def run_page(
         began = time.perf_counter()
         problems = execute_notebook(page, given, output)
         notebook = nbformat.read(output, as_version=4)
-        everything = {name: parameter.default for name, parameter in parameters(page).items()} | given
-        notebook.metadata["nsm_book"] = run = {
-            "page": page.name,
-            "profile": profile,
-            "parameters": given,
-            "all_parameters": everything,
-            "seed": everything.get("seed", everything.get("seeds", "none")),
-            "device": everything.get("device", "cpu"),
-            **today,
-            "seconds": time.perf_counter() - began,
-            "peak_memory_mb": peak_memory(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-            "reproduce": reproduce_line(page, profile, given),
-            "made": {name: digest(made / name) for name in page.makes},
-        }
+        seconds = time.perf_counter() - began
+        notebook.metadata["nsm_book"] = run = today | run_record(page, profile, given, seconds, made)
         notebook.cells.append(nbformat.v4.new_markdown_cell(run_box(run), id="this-run"))
         for number, cell in enumerate(notebook.cells[:-1], start=1):
             cell.id = f"cell-{number}"  # jupytext and papermill draw random ones
@@ -252,10 +262,9 @@ def run_page(
         problems = problems or [f"{page.name}: did not make {name}" for name in page.makes if not (made / name).exists()]
         written = with_checksum(json.loads(nbformat.writes(notebook)))
         output.write_text(json.dumps(written, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-        for path in sorted(made.rglob("*")) if not problems else ():
-            if path.is_file():
-                with whole(makes / path.relative_to(made)) as place:
-                    shutil.move(path, place)
+        for path in sorted(filter(Path.is_file, made.rglob("*"))) if not problems else ():
+            with whole(makes / path.relative_to(made)) as place:
+                shutil.move(path, place)
         os.replace(output, failed if problems else target)
     if problems:
         raise BookError("\n\n".join([*problems, f"what the run left: {failed}"]))

@@ -50,9 +50,14 @@ def intervals(
         points = (where, middle, reach) if vertical else (middle, where, None, reach)
         axes.errorbar(*points, color=ink, marker=marker, label=label, **look)
     if isinstance(estimates, Mapping):
-        set_ticks, set_limits = (axes.set_xticks, axes.set_xlim) if vertical else (axes.set_yticks, axes.set_ylim)
-        set_ticks(places, list(estimates))
-        set_limits(*((-0.5, len(rows) - 0.5) if vertical else (len(rows) - 0.5, -0.5)))
+        _name_rows(axes, places, list(estimates), vertical)
+
+
+def _name_rows(axes: Any, places: Any, names: list[str], vertical: bool) -> None:
+    """The names at the axis, and room for half a row beyond the outer ones."""
+    set_ticks, set_limits = (axes.set_xticks, axes.set_xlim) if vertical else (axes.set_yticks, axes.set_ylim)
+    set_ticks(places, names)
+    set_limits(*((-0.5, len(names) - 0.5) if vertical else (len(names) - 0.5, -0.5)))
 
 
 def _marks(axes: Any, values: ArrayLike, place: float, marker: str, color: str, vertical: bool) -> None:

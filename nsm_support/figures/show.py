@@ -123,11 +123,7 @@ def show(
 
     if hasattr(figure, "frames") and hasattr(figure, "still"):
         figure, still, controls, frames = figure
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-        raise ValueError(f"show: name {name!r}; accepted: lower-case letters, digits and '-'")
-    for what, words in (("alt", alt), ("caption", caption)):
-        if len(words.split()) < 4:
-            raise ValueError(f"show({name!r}): {what}={words!r} does not say what is seen; accepted: a sentence")
+    _check_words(name, alt, caption)
     data: dict[str, Any] = {}
     if hasattr(figure, "savefig"):
         if controls or frames or still:
@@ -147,6 +143,14 @@ def show(
     for drawn in (figure, still):  # else Matplotlib shows it a second time
         if hasattr(drawn, "savefig"):
             plt.close(drawn)
+
+
+def _check_words(name: str, alt: str, caption: str) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+        raise ValueError(f"show: name {name!r}; accepted: lower-case letters, digits and '-'")
+    for what, words in (("alt", alt), ("caption", caption)):
+        if len(words.split()) < 4:
+            raise ValueError(f"show({name!r}): {what}={words!r} does not say what is seen; accepted: a sentence")
 
 
 def interactive(figure, name: str, alt: str, still, controls, frames) -> tuple[str, dict[str, Any]]:

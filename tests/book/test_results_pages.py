@@ -219,7 +219,7 @@ def test_the_store_is_the_nearest_checkouts_and_its_full_profile_first(tmp_path,
     monkeypatch.delenv("NSM_BOOK_RESULTS", raising=False)
     (tmp_path / "book").mkdir()
     monkeypatch.chdir(tmp_path / "book")
-    with pytest.raises(FileNotFoundError, match=r"NSM_BOOK_RESULTS is not set, and neither .* which `make book` writes"):
+    with pytest.raises(FileNotFoundError, match=r"NSM_BOOK_RESULTS is not set, and there is no .* which `make book` writes"):
         read_store()
     write_store(tmp_path / "_build/results/quick")
     assert read_store().profile == "quick"
