@@ -92,6 +92,10 @@ class Progression:
             self.running.pop(rule, None)
             where.append(rule)
 
+    def steps(self, pages_only: bool) -> int:
+        """How many steps the plan has; of a sweep's only the pages count, beside its runs."""
+        return sum(count for rule, count in self.planned.items() if not pages_only or rule.startswith("page_"))
+
     def seconds_left(self) -> float:
         """What the rest will take if every step takes as long as expected."""
         over, now = {*self.ended, *self.failed}, time.monotonic()
@@ -146,11 +150,11 @@ def watch(process: subprocess.Popen, log: Path, progression: Progression, consol
                 console.print(line[len(NOTE) :].rstrip(), highlight=False, markup=False)
             if line.startswith(DONE):
                 waiting.append(line[len(DONE) :].rstrip())
-                if runs:
+                if runs and waiting[-1].partition(":")[0] not in pages():
                     runs.done += 1
             while waiting and (runs or FINISHED.match(line)):  # until a page counts as done, it is among what is left
                 shown += 1
-                total = runs.total if runs else sum(progression.planned.values())
+                total = progression.steps(bool(runs)) + (runs.total if runs else 0)
                 left = f"   (about {seconds_left():.0f} s left)" if seconds_left() >= 1 else ""
                 console.print(f"[{shown}/{total}] {waiting.pop(0)}{left}", highlight=False, markup=False)
             names = ", ".join(f"{rule} {time.monotonic() - at:.0f} s" for rule, at in progression.running.items())
