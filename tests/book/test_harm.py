@@ -111,7 +111,7 @@ def test_a_readers_browser_shows_every_value_as_text(harmed):
 
         tab.set_content(MarkdownIt("gfm-like").render(box))
         shows_box(record(swept))
-        for name in ("group/first", "intro", "results/compare", "results/runs", "reference/parameters"):
+        for name in ("group/first", "intro", "results/runs", "reference/parameters"):
             tab.goto(f"{base}{name}.html", wait_until="load")
             tab.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
             for figure in tab.locator(".nsm-figure").all():
