@@ -111,10 +111,10 @@ def test_a_readers_browser_shows_every_value_as_text(harmed):
 
         tab.set_content(MarkdownIt("gfm-like").render(box))
         shows_box(record(swept))
-        for name in ("group/first", "intro", "results/runs", "reference/parameters"):
+        for name in ("group/first", "intro", "results/compare", "results/runs", "reference/parameters"):
             tab.goto(f"{base}{name}.html", wait_until="load")
             tab.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true; })")
-            for figure in tab.locator(".nsm-figure").all():
+            for figure in tab.locator(".nsm-figure:has(.nsm-plot)").all():
                 figure.scroll_into_view_if_needed()
                 figure.locator(".main-svg").first.wait_for(timeout=20_000)
             assert tab.evaluate(FOREIGN) == [], name
